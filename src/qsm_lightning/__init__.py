@@ -1,0 +1,1 @@
+"""Q-score matching for diffusion policies: a PyTorch Lightning trainer on TorchRL and MuJoCo."""

@@ -1,0 +1,32 @@
+"""The three ways a command of this package ends early, each with its own exit status."""
+
+from __future__ import annotations
+
+
+class SettingError(ValueError):
+    """A setting cannot be used. The message is one sentence that names the setting and the mend (exit status 2)."""
+
+
+class TrainingFault(RuntimeError):
+    """Training cannot go on: NaN or inf in the data or in a loss (exit status 3)."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+    """A signal stopped the run after a checkpoint was written (exit status 128 + signal number)."""
+
+    def __init__(self, signum: int, checkpoint: str) -> None:
+        super().__init__(f"interrupted; the state of the run is in {checkpoint}")
+        self.signum = signum
+        self.checkpoint = checkpoint
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`SettingError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise SettingError(message)
+
+
+def require_positive(**settings: float) -> None:
+    """Raise :class:`SettingError` for the first of ``settings`` that is not above zero."""
+    for name, value in settings.items():
+        require(value > 0, f"{name.replace('__', '.')} is {value}: it must be greater than 0")

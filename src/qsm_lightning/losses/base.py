@@ -1,0 +1,92 @@
+"""What the trainer needs of an algorithm, on top of TorchRL's LossModule contract."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torchrl.objectives import LossModule
+
+Metrics = dict[str, Tensor]
+
+
+class OffPolicyLoss(LossModule):
+    """Base of the algorithms in this folder.
+
+    A subclass names its ``terms`` in the order in which they are optimized. For each term x it defines
+    ``x_loss(tensordict) -> (loss, detached metrics)`` and lists its modules in ``term_modules(x)``; the trainer makes
+    one optimizer per term. Networks, targets and the maths are the loss's own; how often and with what they are
+    stepped is not.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        observation: NestedKey = "observation"
+        action: NestedKey = "action"
+        reward: NestedKey = "reward"
+        terminated: NestedKey = "terminated"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    terms: tuple[str, ...] = ()
+
+    @property
+    def functional(self) -> bool:
+        """False: networks are ordinary modules with parameters of their own."""
+        return False
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys read from a replay batch."""
+        keys = self.tensor_keys
+        return [
+            keys.observation,
+            keys.action,
+            ("next", keys.observation),
+            ("next", keys.reward),
+            ("next", keys.terminated),
+        ]
+
+    @property
+    def out_keys(self) -> list[str]:
+        """Names of the losses that :meth:`forward` returns; metrics come beside them."""
+        return [f"loss_{term}" for term in self.terms]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Every term's loss as ``loss_<term>`` and its detached metrics, from a replay batch [B]."""
+        out: dict[str, Tensor] = {}
+        for term in self.terms:
+            loss, metrics = self.term_loss(term, tensordict)
+            out |= {f"loss_{term}": loss, **metrics}
+        return TensorDict(out)
+
+    def term_loss(self, term: str, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
+        """The loss (scalar) and detached metrics of one term on a replay batch [B]."""
+        return getattr(self, f"{term}_loss")(tensordict)
+
+    @abstractmethod
+    def term_modules(self, term: str) -> list[nn.Module]:
+        """The modules whose parameters ``term`` trains."""
+
+    @abstractmethod
+    def update_targets(self) -> None:
+        """Move the target networks after the optimizers have stepped."""
+
+    @abstractmethod
+    def exploration_policy(self) -> TensorDictModuleBase:
+        """The policy that collects data; it shares parameters with the loss."""
+
+    @abstractmethod
+    def evaluation_policy(self, selector: str = "sample", n: int = 32) -> TensorDictModuleBase:
+        """The policy without exploration noise; ``selector`` is ``sample`` or ``best_of_n`` of ``n`` samples."""
+
+
+@torch.no_grad()
+def polyak_update(online: nn.Module, target: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau online, in place."""
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), tau)

@@ -1,0 +1,91 @@
+r"""Noise schedules of the forward process, with every coefficient derived once.
+
+The forward process is :math:`a_t = \sqrt{\bar\alpha_t}\, a + \sqrt{1 - \bar\alpha_t}\, z`, with
+:math:`\alpha_t = 1 - \beta_t`, :math:`\bar\alpha_t = \prod_{s \le t} \alpha_s` and t = 0 .. T-1
+(Ho et al. 2020, arXiv 2006.11239; the three schedules as in the code of arXiv 2312.11752).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qsm_lightning.errors import SettingError, require
+
+ScheduleName = Literal["vp", "cosine", "linear"]
+
+
+def vp_betas(T: int, b_min: float = 0.1, b_max: float = 10.0) -> Tensor:
+    """Variance-preserving schedule, t = 1 .. T: the terminal alpha-bar is exp(-(b_min + b_max) / 2) for every T."""
+    t = torch.arange(1, T + 1, dtype=torch.float64)
+    return 1 - torch.exp(-b_min / T - 0.5 * (b_max - b_min) * (2 * t - 1) / T**2)
+
+
+def cosine_betas(T: int, s: float = 0.008) -> Tensor:
+    """Cosine schedule (Nichol and Dhariwal 2021, arXiv 2102.09672), betas clipped to [0, 0.999]."""
+    u = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+    alpha_hats = torch.cos((u + s) / (1 + s) * torch.pi / 2) ** 2
+    return (1 - alpha_hats[1:] / alpha_hats[:-1]).clamp(0, 0.999)
+
+
+def linear_betas(T: int, beta_first: float = 1e-4, beta_last: float = 2e-2) -> Tensor:
+    """Linear schedule (Ho et al. 2020). With few steps it leaves most of the action unnoised: prefer ``vp``."""
+    return torch.linspace(beta_first, beta_last, T, dtype=torch.float64)
+
+
+BETAS = {"vp": vp_betas, "cosine": cosine_betas, "linear": linear_betas}
+
+
+class NoiseSchedule(nn.Module):
+    """Coefficients of the forward and reverse process, each a buffer of shape [T].
+
+    Args:
+        name: ``vp``, ``cosine`` or ``linear``.
+        T: number of denoising steps, at least 1.
+
+    Raises:
+        SettingError: for an unknown name or T < 1.
+    """
+
+    betas: Tensor
+    alphas: Tensor
+    alpha_hats: Tensor
+    sqrt_alpha_hats: Tensor
+    sqrt_one_minus_alpha_hats: Tensor
+    inv_sqrt_alphas: Tensor
+    eps_coefs: Tensor
+    sigmas: Tensor
+
+    def __init__(self, name: ScheduleName = "vp", T: int = 5) -> None:
+        super().__init__()
+        require(T >= 1, f"T is {T}: a diffusion policy needs at least 1 denoising step")
+        if name not in BETAS:
+            raise SettingError(f"schedule is {name!r}: choose one of {', '.join(BETAS)}")
+        betas = BETAS[name](T)
+        alphas = 1 - betas
+        alpha_hats = alphas.cumprod(0)
+        coefficients = {
+            "betas": betas,
+            "alphas": alphas,
+            "alpha_hats": alpha_hats,
+            # forward process q(a_t | a)
+            "sqrt_alpha_hats": alpha_hats.sqrt(),
+            "sqrt_one_minus_alpha_hats": (1 - alpha_hats).sqrt(),
+            # reverse process p(a_{t-1} | a_t): mean = (a_t - eps_coef * eps) * inv_sqrt_alpha, deviation sigma
+            "inv_sqrt_alphas": alphas.rsqrt(),
+            "eps_coefs": betas / (1 - alpha_hats).sqrt(),
+            "sigmas": betas.sqrt(),
+        }
+        for key, value in coefficients.items():
+            self.register_buffer(key, value.to(torch.get_default_dtype()), persistent=False)
+
+    @property
+    def T(self) -> int:
+        """Number of denoising steps."""
+        return len(self.betas)
+
+    def add_noise(self, action: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The forward process: ``action`` [B, A] at time indices ``t`` [B] with ``noise`` [B, A] -> a_t [B, A]."""
+        return self.sqrt_alpha_hats[t, None] * action + self.sqrt_one_minus_alpha_hats[t, None] * noise
