@@ -1,0 +1,224 @@
+"""Environments by name. The only file that knows gymnasium, dm_control or envpool.
+
+Whatever the source, an environment of this package reads ``action`` in [-1, 1] and writes ``observation`` as one
+float32 vector, ``reward``, ``terminated``, ``truncated`` and ``done`` [..., 1], the undiscounted return so far
+(``episode_reward``) and the step number (``step_count``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import warnings
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.data import Binary, Bounded, Composite, Unbounded
+from torchrl.envs import (
+    ActionScaling,
+    CatTensors,
+    Compose,
+    DMControlEnv,
+    DoubleToFloat,
+    EnvBase,
+    GymWrapper,
+    RewardSum,
+    SerialEnv,
+    StepCounter,
+    Transform,
+    TransformedEnv,
+)
+
+from qsm_lightning.errors import SettingError, require
+
+# Observation keys that envpool adds to a dm_control task for the sake of its domain's other tasks.
+ENVPOOL_EXTRA_KEYS = {
+    **dict.fromkeys(("DogStand", "DogWalk", "DogTrot", "DogRun"), {"target_position", "ball_state"}),
+    "FingerSpin": {"dist_to_target", "target_position"},
+    "FishUpright": {"target"},
+    **dict.fromkeys(("HumanoidStand", "HumanoidWalk", "HumanoidRun"), {"position"}),
+    "HumanoidRunPureState": {"torso_vertical", "com_velocity", "head_height", "extremities", "joint_angles"},
+    **dict.fromkeys(("QuadrupedWalk", "QuadrupedRun"), {"target_position", "ball_state", "origin", "rangefinder"}),
+    "QuadrupedEscape": {"target_position", "ball_state"},
+    "QuadrupedFetch": {"origin", "rangefinder"},
+}
+
+
+def make_env(name: str, num_envs: int = 1) -> EnvBase:
+    """Build ``num_envs`` copies of an environment, stepped together in this process.
+
+    Args:
+        name: a gymnasium id (``Hopper-v5``, or ``module:Id-v0`` to import ``module`` first), ``dmc:domain/task``, or
+            ``envpool:`` followed by one of envpool's ids.
+        num_envs: batch size of the environment; 1 gives an environment without batch dimension.
+
+    Raises:
+        SettingError: unknown name, missing extra, or actions that are not a bounded Box.
+    """
+    source, _, task = name.partition(":")
+    transforms: list[Transform] = []
+    if source == "envpool":
+        env: EnvBase = EnvpoolEnv(task, num_envs)
+        return TransformedEnv(env, Compose(RewardSum(), StepCounter()))
+    if source == "dmc":
+        single = partial(_dmc_env, task)
+        probe = _dmc_env(task)
+        keys = [key for key in probe.observation_spec.keys() if key != "pixels"]
+        transforms += [
+            CatTensors(sorted(keys), "observation"),
+            DoubleToFloat(in_keys=["observation", "reward"], in_keys_inv=["action"]),
+        ]
+        space = probe.action_spec.space
+        if (space.low != -1).any() or (space.high != 1).any():
+            transforms.append(ActionScaling())
+    else:
+        single = partial(_gym_env, name)
+        probe = _gym_env(name)
+    env = probe
+    if num_envs > 1:
+        probe.close()
+        env = SerialEnv(num_envs, single)
+    return TransformedEnv(env, Compose(*transforms, RewardSum(), StepCounter()))
+
+
+def _check_bounds(name: str, low: np.ndarray, high: np.ndarray) -> None:
+    require(
+        bool(np.isfinite(low).all() and np.isfinite(high).all()),
+        f"data.env is {name!r}: its actions are unbounded, and only bounded ones can be scaled to [-1, 1]; "
+        "wrap it in gymnasium.wrappers.ClipAction or choose another environment",
+    )
+
+
+def make_gym(name: str, **kwargs: Any) -> gym.Env:
+    """``gymnasium.make`` with observations as one float32 vector and actions in [-1, 1]."""
+    try:
+        env = gym.make(name, disable_env_checker=True, **kwargs)
+    except (gym.error.Error, ImportError) as error:
+        near = difflib.get_close_matches(name, gym.registry, 1)
+        hint = f"did you mean {near[0]}?" if near and near[0] != name else "see gymnasium.registry for the known ids"
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise SettingError(f"data.env is {name!r}: gymnasium cannot make it ({reason}); {hint}") from error
+    space = env.action_space
+    if not isinstance(space, gym.spaces.Box):
+        raise SettingError(
+            f"data.env is {name!r}: its actions are {space}, and a diffusion policy needs a continuous Box action "
+            "space; choose an environment with continuous actions, such as Pendulum-v1"
+        )
+    _check_bounds(name, space.low, space.high)
+    if not isinstance(env.observation_space, gym.spaces.Box) or env.observation_space.shape is None:
+        env = gym.wrappers.FlattenObservation(env)
+    elif len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    if env.observation_space.dtype != np.float32:
+        env = gym.wrappers.DtypeObservation(env, np.float32)
+    if (space.low != -1).any() or (space.high != 1).any():
+        env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return env
+
+
+def _gym_env(name: str) -> EnvBase:
+    return GymWrapper(make_gym(name))
+
+
+def _require_extra(module: str, extra: str, name: str) -> ModuleType:
+    require(
+        importlib.util.find_spec(module) is not None,
+        f"data.env is {name!r}: {module} is not installed; pip install 'qsm-lightning[{extra}]'",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dm_control looks for a display when it is imported
+        return importlib.import_module(module)
+
+
+def _dmc_env(task: str) -> EnvBase:
+    name = f"dmc:{task}"
+    _require_extra("dm_control", "dmc", name)
+    suite = _require_extra("dm_control.suite", "dmc", name)
+    domain, _, task = task.partition("/")
+    known = [f"dmc:{d}/{t}" for d, t in suite.ALL_TASKS]
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else "write it as dmc:domain/task, such as dmc:cartpole/swingup"
+        raise SettingError(f"data.env is {name!r}: dm_control has no such task; {hint}")
+    env = DMControlEnv(domain, task)
+    _check_bounds(name, env.action_spec.space.low.numpy(), env.action_spec.space.high.numpy())
+    return env
+
+
+class EnvpoolEnv(EnvBase):
+    """envpool's gymnasium interface as a TorchRL environment with batch size [num_envs].
+
+    Only the task's own observation keys are used, concatenated in sorted order.
+    """
+
+    def __init__(self, task: str, num_envs: int) -> None:
+        super().__init__(batch_size=[num_envs])
+        name = f"envpool:{task}"
+        self._envpool = _require_extra("envpool", "envpool", name)
+        self._task = task
+        known = self._envpool.list_all_envs()
+        if task not in known:
+            near = difflib.get_close_matches(task, known, 1)
+            hint = f"did you mean envpool:{near[0]}?" if near else "see envpool.list_all_envs()"
+            raise SettingError(f"data.env is {name!r}: envpool has no such environment; {hint}")
+        self._set_seed(0)
+        space = self._env.action_space
+        require(
+            isinstance(space, gym.spaces.Box),
+            f"data.env is {name!r}: its actions are {space}, and a diffusion policy needs a continuous Box action space",
+        )
+        _check_bounds(name, space.low, space.high)
+        self._mid, self._half = (space.high + space.low) / 2, (space.high - space.low) / 2
+        width = self._observation(self._env.reset()[0]).shape[-1]
+        self.observation_spec = Composite(observation=Unbounded((num_envs, width)), shape=(num_envs,))
+        self.action_spec = Bounded(-1, 1, (num_envs, *space.shape))
+        self.reward_spec = Unbounded((num_envs, 1))
+        flag = Binary(1, (num_envs, 1), dtype=torch.bool)
+        self.done_spec = Composite(
+            done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(num_envs,)
+        )
+
+    def _set_seed(self, seed: int | None) -> None:
+        """envpool takes its seed when it is made."""
+        self._env = self._envpool.make(
+            self._task, env_type="gymnasium", num_envs=self.batch_size[0], seed=seed or 0
+        )
+
+    def _observation(self, raw: Any) -> torch.Tensor:
+        if isinstance(raw, dict):
+            extra = ENVPOOL_EXTRA_KEYS.get(self._task.partition("-")[0], set())
+            raw = np.concatenate([raw[k].reshape(len(raw[k]), -1) for k in sorted(set(raw) - extra)], -1)
+        return torch.from_numpy(np.ascontiguousarray(raw.reshape(len(raw), -1), np.float32))
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **_: Any) -> TensorDictBase:
+        mask = None if tensordict is None else tensordict.get("_reset", None)
+        if mask is None:
+            self._last = self._observation(self._env.reset()[0])
+        else:
+            ids = mask.view(-1).nonzero().view(-1)
+            self._last = self._last.clone()
+            self._last[ids] = self._observation(self._env.reset(ids.numpy().astype(np.int32))[0])
+        return TensorDict({"observation": self._last}, self.batch_size)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        action = self._mid + self._half * tensordict["action"].numpy()
+        raw, reward, terminated, truncated, _ = self._env.step(action.astype(self._env.action_space.dtype))
+        self._last = self._observation(raw)
+        flags = {
+            "terminated": terminated,
+            "truncated": truncated & ~terminated,
+            "done": terminated | truncated,
+        }
+        return TensorDict(
+            {
+                "observation": self._last,
+                "reward": torch.from_numpy(reward.astype(np.float32))[:, None],
+                **{key: torch.from_numpy(flag)[:, None] for key, flag in flags.items()},
+            },
+            self.batch_size,
+        )
