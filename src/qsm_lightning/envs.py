@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import warnings
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -123,6 +124,18 @@ def make_gym(name: str, **kwargs: Any) -> gym.Env:
 
 def _gym_env(name: str) -> EnvBase:
     return GymWrapper(make_gym(name))
+
+
+def make_render_env(name: str) -> tuple[EnvBase, Callable[[], np.ndarray]]:
+    """A single environment like :func:`make_env`'s, and a function that renders its present state [H, W, 3]."""
+    source, _, task = name.partition(":")
+    require(source != "envpool", f"{name} cannot be rendered: evaluate it under its gymnasium or dmc: name")
+    if source == "dmc":
+        env = make_env(name)
+        physics = env.base_env._env.physics
+        return env, partial(physics.render, 240, 320, camera_id=0)
+    raw = make_gym(name, render_mode="rgb_array")
+    return TransformedEnv(GymWrapper(raw), Compose(RewardSum(), StepCounter())), raw.render  # type: ignore[return-value]
 
 
 def _require_extra(module: str, extra: str, name: str) -> ModuleType:

@@ -1,0 +1,20 @@
+"""Lightning callbacks. They read the trainer and the module, and never change the algorithm."""
+
+from qsm_lightning.callbacks.checkpoint import best_checkpoint, last_checkpoint
+from qsm_lightning.callbacks.guard import StopOnNonFinite
+from qsm_lightning.callbacks.interrupt import CheckpointOnSignal
+from qsm_lightning.callbacks.metrics import TrainingMetrics
+from qsm_lightning.callbacks.policy_picture import PolicyPicture
+from qsm_lightning.callbacks.progress import FrameProgress
+from qsm_lightning.callbacks.video import EvaluationVideo
+
+__all__ = [
+    "CheckpointOnSignal",
+    "EvaluationVideo",
+    "FrameProgress",
+    "PolicyPicture",
+    "StopOnNonFinite",
+    "TrainingMetrics",
+    "best_checkpoint",
+    "last_checkpoint",
+]

@@ -1,0 +1,29 @@
+"""Stops a run whose loss is no longer a number, before anything of it is saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from qsm_lightning.errors import TrainingFault
+
+
+class StopOnNonFinite(Callback):
+    """Raise :class:`~qsm_lightning.errors.TrainingFault` when a loss or metric of the last update is NaN or infinite.
+
+    Checked after each training batch, so that no evaluation and no checkpoint of a diverged run follows.
+    """
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        metrics: dict[str, torch.Tensor] = pl_module.metrics  # type: ignore[assignment]
+        if not metrics or torch.stack(list(metrics.values())).isfinite().all():
+            return
+        name = next(key for key, value in metrics.items() if not value.isfinite())
+        frames = trainer.datamodule.progress.frames  # type: ignore[attr-defined]
+        raise TrainingFault(f"training diverged: {name} is {metrics[name].item()} at frame {frames}")

@@ -1,0 +1,66 @@
+"""Writes what happened in training to the loggers, every so many frames, with frames as the x-axis."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from qsm_lightning.errors import require
+
+
+class TrainingMetrics(Callback):
+    """Log training return and length, losses and update metrics, learning rates, speed and buffer size.
+
+    Values go straight to the loggers: between two writes nothing is copied off the device, and Lightning's own
+    per-metric bookkeeping is not paid for.
+
+    Args:
+        every_frames: frames between two writes.
+    """
+
+    def __init__(self, every_frames: int = 1_000) -> None:
+        require(every_frames > 0, f"metrics.every_frames is {every_frames}: it must be greater than 0")
+        self.every_frames = every_frames
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mark(trainer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        frames = data.progress.frames - self._frames
+        if frames < self.every_frames and data.progress.frames < data.hparams.total_frames:
+            return
+        seconds = max(time.perf_counter() - self._time, 1e-9)
+        metrics: dict[str, Any] = {f"train/{k}": v for k, v in data.take_recent().metrics().items()}
+        metrics |= {
+            "train/buffer_size": len(data.buffer),
+            "train/episodes": data.progress.episodes,
+            "train/updates": data.progress.updates,
+            "speed/frames_per_s": frames / seconds,
+            "speed/updates_per_s": (data.progress.updates - self._updates) / seconds,
+        }
+        metrics |= {key: value.item() for key, value in pl_module.metrics.items()}  # type: ignore[operator, union-attr]
+        for term, optimizer in zip(pl_module.loss.terms, trainer.optimizers, strict=True):  # type: ignore[union-attr, arg-type]
+            metrics[f"lr/{term}"] = optimizer.param_groups[0]["lr"]
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=data.progress.frames)
+        self._mark(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._time += time.perf_counter() - self._validation_start  # speed is training's alone
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_start = time.perf_counter()
+
+    def _mark(self, trainer: Trainer) -> None:
+        progress = trainer.datamodule.progress  # type: ignore[attr-defined]
+        self._time, self._frames, self._updates = time.perf_counter(), progress.frames, progress.updates

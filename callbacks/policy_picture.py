@@ -1,0 +1,126 @@
+"""A picture of the policy: sampled actions over the critic's landscape with its gradient field."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+from typing_extensions import override
+
+from qsm_lightning.errors import require
+from qsm_lightning.losses import OffPolicyLoss
+
+GRID = 41  # points per axis of the landscape
+
+
+class PolicyPicture(Callback):
+    """After evaluations, write ``policy`` to TensorBoard: a row per fixed state, with sampled actions.
+
+    One-dimensional actions: Q over the action, arrows along grad_a Q, and the samples' histogram. More dimensions: a
+    column per pair of neighbouring components, Q as colours, grad_a Q as arrows, samples as points; the components
+    not shown stay at the samples' mean.
+
+    Args:
+        every_evaluations: evaluations between two pictures; 0 for none.
+        states: number of states, taken from the replay buffer at the first picture and kept.
+        samples: actions sampled per state.
+    """
+
+    def __init__(self, every_evaluations: int = 1, states: int = 3, samples: int = 200) -> None:
+        require(every_evaluations >= 0, f"picture.every_evaluations is {every_evaluations}: it must not be negative")
+        require(states > 0, f"picture.states is {states}: it must be greater than 0")
+        require(samples > 0, f"picture.samples is {samples}: it must be greater than 0")
+        self.every_evaluations = every_evaluations
+        self.states = states
+        self.samples = samples
+        self._count = 0
+        self._observations: Tensor | None = None
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._count += 1
+        if not self.every_evaluations or self._count % self.every_evaluations or not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                if self._observations is None:
+                    rows = torch.linspace(0, len(data.buffer) - 1, self.states).long()
+                    self._observations = data.buffer[rows]["observation"].clone()
+                figure = draw_policy(pl_module.loss, self._observations, self.samples)  # type: ignore[arg-type]
+                logger.experiment.add_figure("policy", figure, data.progress.frames)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self._count, "observations": self._observations}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._count, self._observations = state_dict["count"], state_dict["observations"]
+
+
+def draw_policy(loss: OffPolicyLoss, observations: Tensor, samples: int = 200) -> Figure:
+    """Sampled actions over Q and grad_a Q for each of ``observations`` [N, O]; global generators are untouched.
+
+    The loss must offer ``critics`` and ``q_gradient``, as :class:`~qsm_lightning.losses.QSMLoss` does.
+    """
+    device = next(loss.denoiser.parameters()).device  # type: ignore[union-attr, operator]
+    observations = observations.to(device)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        policy = loss.evaluation_policy()
+        actions = [policy.act(o.expand(samples, -1)).detach() for o in observations]  # type: ignore[operator]
+    action_dim = actions[0].shape[-1]
+    pairs = list(pairwise(range(action_dim)))[:4] if action_dim > 1 else [(0, 0)]
+    figure = matplotlib.figure.Figure(figsize=(4 * len(pairs) + 1, 3.2 * len(observations)), layout="constrained")
+    axes = figure.subplots(len(observations), len(pairs), squeeze=False)
+    for row, (observation, action) in enumerate(zip(observations, actions, strict=True)):
+        for column, pair in enumerate(pairs):
+            draw = _draw_line if action_dim == 1 else _draw_plane
+            draw(axes[row, column], loss, observation, action, *pair)
+            axes[row, column].set_title(f"state {row + 1}")
+    return figure
+
+
+def _values(loss: OffPolicyLoss, observation: Tensor, actions: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Q (mean of the critics) [N] and grad_a Q [N, A] at ``actions`` [N, A]."""
+    observations = observation.expand(len(actions), -1)
+    with torch.no_grad():
+        q = loss.critics(observations, actions).mean(0)  # type: ignore[operator]
+    return q.cpu().numpy(), loss.q_gradient(observations, actions).cpu().numpy()  # type: ignore[operator]
+
+
+def _draw_line(axis: Axes, loss: OffPolicyLoss, observation: Tensor, actions: Tensor, i: int, j: int) -> None:
+    grid = torch.linspace(-1, 1, GRID, device=actions.device)[:, None]
+    q, g = _values(loss, observation, grid)
+    x = grid[:, 0].cpu().numpy()
+    axis.plot(x, q, color="C0")
+    axis.quiver(x[::4], q[::4], np.sign(g[::4, 0]), 0 * x[::4], color="C3", scale=20, width=0.005, zorder=3)
+    axis.set(xlabel="action", ylabel="Q, arrows along its gradient")
+    counts = axis.twinx()
+    counts.hist(actions[:, 0].cpu().numpy(), bins=40, range=(-1, 1), color="C1", alpha=0.5)
+    counts.set_ylabel("sampled actions")
+
+
+def _draw_plane(axis: Axes, loss: OffPolicyLoss, observation: Tensor, actions: Tensor, i: int, j: int) -> None:
+    line = torch.linspace(-1, 1, GRID, device=actions.device)
+    x, y = torch.meshgrid(line, line, indexing="xy")
+    grid = actions.mean(0).repeat(GRID * GRID, 1)
+    grid[:, i], grid[:, j] = x.flatten(), y.flatten()
+    q, g = _values(loss, observation, grid)
+    x, y, q = x.cpu().numpy(), y.cpu().numpy(), q.reshape(GRID, GRID)
+    u, v = g[:, i].reshape(GRID, GRID), g[:, j].reshape(GRID, GRID)
+    axis.figure.colorbar(axis.contourf(x, y, q, levels=20, cmap="viridis"), ax=axis, label="Q")
+    skip = (slice(2, None, 4), slice(2, None, 4))
+    axis.quiver(x[skip], y[skip], u[skip], v[skip], color="white", alpha=0.7)
+    points = actions.cpu().numpy()
+    axis.scatter(points[:, i], points[:, j], s=6, color="C1", edgecolors="none")
+    axis.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.02), xlabel=f"action {i + 1}", ylabel=f"action {j + 1}")

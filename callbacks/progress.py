@@ -1,0 +1,104 @@
+"""The progress of a run over its frames: Lightning's rich bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
+from typing_extensions import override
+
+
+class FrameProgress(RichProgressBar):
+    """One bar over ``data.total_frames`` with evaluation return, frames/s, updates/s and time left.
+
+    When standard output is not a terminal it prints a line after each evaluation and every ``line_seconds``.
+    """
+
+    def __init__(self, line_seconds: float = 30.0) -> None:
+        super().__init__(refresh_rate=4, leave=True)
+        self.line_seconds = line_seconds
+        self.is_terminal = sys.stdout.isatty()
+        self._return: float | None = None
+        if not self.is_terminal:
+            super().disable()
+
+    @override
+    def enable(self) -> None:
+        """Without a terminal the bar stays off and lines are printed."""
+        if self.is_terminal:
+            super().enable()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        progress = trainer.datamodule.progress  # type: ignore[attr-defined]
+        self._start = self._mark = (time.monotonic(), progress.frames, progress.updates)
+        self._speed = (0.0, 0.0)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One bar for the whole run, not one per epoch."""
+        if self.progress is not None and self.train_progress_bar_id is None:
+            total = trainer.datamodule.hparams.total_frames  # type: ignore[attr-defined]
+            self.train_progress_bar_id = self._add_task(total, "Frames")
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pass
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        seconds = time.monotonic() - self._mark[0]
+        if seconds < (0.5 if self.is_terminal else self.line_seconds):
+            return
+        self._measure(trainer)
+        if self.is_terminal:
+            self._update(self.train_progress_bar_id, trainer.datamodule.progress.frames)  # type: ignore[attr-defined]
+            self._update_metrics(trainer, pl_module)
+        else:
+            self._print_line(trainer)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._return = trainer.callback_metrics["eval/return"].item()
+        if trainer.state.fn == "fit" and not self.is_terminal:
+            self._measure(trainer)
+            self._print_line(trainer)
+        super().on_validation_end(trainer, pl_module)
+
+    @override
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        """What stands behind the bar."""
+        frames_per_s, updates_per_s = self._speed
+        progress = trainer.datamodule.progress  # type: ignore[attr-defined]
+        metrics: dict[str, Any] = {"frames/s": f"{frames_per_s:.0f}", "updates/s": f"{updates_per_s:.0f}"}
+        if self._return is not None:
+            metrics = {"return": f"{self._return:.1f}", **metrics}
+        return {**metrics, "left": self._time_left(trainer, progress.frames)}
+
+    def _measure(self, trainer: Trainer) -> None:
+        progress = trainer.datamodule.progress  # type: ignore[attr-defined]
+        now = (time.monotonic(), progress.frames, progress.updates)
+        seconds = max(now[0] - self._mark[0], 1e-9)
+        self._speed = ((now[1] - self._mark[1]) / seconds, (now[2] - self._mark[2]) / seconds)
+        self._mark = now
+
+    def _time_left(self, trainer: Trainer, frames: int) -> str:
+        left = trainer.datamodule.hparams.total_frames - frames  # type: ignore[attr-defined]
+        done = frames - self._start[1]
+        seconds = round(left * (time.monotonic() - self._start[0]) / done) if done else 0
+        return f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
+
+    def _print_line(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        frames = trainer.datamodule.progress.frames  # type: ignore[attr-defined]
+        total = trainer.datamodule.hparams.total_frames  # type: ignore[attr-defined]
+        metrics = self.get_metrics(trainer, trainer.lightning_module)
+        values = " ".join(f"{key} {value}" for key, value in metrics.items())
+        print(f"frames {frames}/{total} {values}", flush=True)

@@ -1,0 +1,59 @@
+"""An evaluation episode as a picture strip in TensorBoard, and as a .gif beside the checkpoints. Off by default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
+from typing_extensions import override
+
+from qsm_lightning.envs import make_render_env
+from qsm_lightning.errors import require
+from qsm_lightning.recording import picture_strip, record_episode, render_frame, write_video
+
+
+class EvaluationVideo(Callback):
+    """Render one episode of the evaluation policy after evaluations.
+
+    Switch it on with ``--trainer.callbacks+=qsm_lightning.callbacks.EvaluationVideo``. Without a display MuJoCo needs
+    ``MUJOCO_GL=egl`` or ``osmesa``; that rendering works is checked before training starts.
+
+    Args:
+        every_evaluations: evaluations between two episodes.
+        max_frames: longest episode that is rendered.
+        seed: seed of the episode's start and noise.
+
+    Raises:
+        SettingError: when rendering does not work here.
+    """
+
+    def __init__(self, every_evaluations: int = 1, max_frames: int = 1_000, seed: int = 0) -> None:
+        require(every_evaluations > 0, f"every_evaluations is {every_evaluations}: it must be greater than 0")
+        require(max_frames > 0, f"max_frames is {max_frames}: it must be greater than 0")
+        self.every_evaluations = every_evaluations
+        self.max_frames = max_frames
+        self.seed = seed
+        self._count = 0
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name = trainer.datamodule.hparams.env  # type: ignore[attr-defined]
+        env, render = make_render_env(name)
+        env.reset()
+        render_frame(name, render)
+        env.close()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._count += 1
+        if self._count % self.every_evaluations or not trainer.is_global_zero:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        policy = pl_module.loss.evaluation_policy()  # type: ignore[union-attr, operator]
+        frames, _ = record_episode(data.hparams.env, policy, self.seed, self.max_frames, every=4)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("episode", picture_strip(frames), data.progress.frames, dataformats="HWC")
+        if trainer.log_dir:
+            write_video(str(Path(trainer.log_dir, "videos", f"{data.progress.frames:09}.gif")), frames[:, ::2, ::2], 15)

@@ -1,0 +1,183 @@
+"""``qsm-fit`` and ``qsm-eval``: a thin LightningCLI, and an evaluation of what it saved."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from qsm_lightning import callbacks as cb
+from qsm_lightning import checkpoints
+from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.errors import Interrupted, SettingError, TrainingFault
+from qsm_lightning.messages import ParserErrors, shipped_config
+from qsm_lightning.module import OffPolicyModule
+
+EPILOG = """
+Examples:
+  qsm-fit --config conf/hopper.yaml
+  qsm-fit --config hopper --data.total_frames 200000 --model.loss.m_q 20 --seed_everything 1
+  qsm-fit --config runs/Hopper-v5/version_0/config.yaml --ckpt_path last
+"""
+
+
+class FitParser(ParserErrors, LightningArgumentParser):
+    """LightningCLI's parser, with errors in one sentence."""
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI without subcommands, with this project's callbacks, loggers and run folders."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = FitParser(**kwargs, epilog=EPILOG)
+        parser.add_argument(
+            "-c", "--config", action=_config_action(), help="YAML file, or the name of a shipped one such as hopper."
+        )
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.observation_dim", "model.observation_dim", apply_on="instantiate")
+        parser.link_arguments("data.action_dim", "model.action_dim", apply_on="instantiate")
+        parser.add_argument("--name", type=str | None, default=None, help="Folder of the run; the env's name by default.")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from: a file, or last."
+        )
+        parser.add_lightning_class_args(cb.TrainingMetrics, "metrics")
+        parser.add_lightning_class_args(cb.PolicyPicture, "picture")
+        parser.set_defaults({"model.loss": {"class_path": "qsm_lightning.losses.QSM"}})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer of the configuration, logging to <default_root_dir>/<name>/<version>."""
+        settings = self.config_init["trainer"]
+        root = Path(settings["default_root_dir"])
+        checkpoints.check_writable(root)
+        if settings["logger"] in (None, True):
+            name = self.config["name"] or run_name(self.config["data"]["env"])
+            board = TensorBoardLogger(str(root), name, default_hp_metric=False)
+            kwargs["logger"] = [board, CSVLogger(str(root), name, board.version, flush_logs_every_n_steps=1)]
+        if settings["strategy"] == "auto" and settings["devices"] not in (1, "1", "auto"):
+            # each update's two backward passes use only a part of the module
+            kwargs["strategy"] = "ddp_find_unused_parameters_true"
+        own: list[Callback] = [cb.CheckpointOnSignal(), cb.StopOnNonFinite()]
+        if settings["enable_progress_bar"] is not False:
+            own.append(cb.FrameProgress())
+        if settings["enable_checkpointing"] is not False:
+            own += [cb.best_checkpoint(), cb.last_checkpoint()]
+        given = settings["callbacks"] or []
+        kwargs["callbacks"] = own + (given if isinstance(given, list) else [given])
+        return super().instantiate_trainer(**kwargs)
+
+
+class SaveResolvedConfig(SaveConfigCallback):
+    """Writes the run's resolved configuration, without the checkpoint it was resumed from."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        self.config = self.config.clone()
+        self.config["ckpt_path"] = None
+        super().setup(trainer, pl_module, stage)
+
+
+def _config_action() -> type:
+    from jsonargparse import ActionConfigFile
+
+    class ShippedConfigFile(ActionConfigFile):
+        """A configuration file by path, or a shipped one by name."""
+
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+            super().__call__(parser, cfg, shipped_config(values), option_string)
+
+    return ShippedConfigFile
+
+
+def run_name(env: str) -> str:
+    """The folder name of an environment's runs: dmc:cartpole/swingup -> dmc-cartpole-swingup."""
+    return env.replace(":", "-").replace("/", "-")
+
+
+def fit(args: list[str] | None = None) -> None:
+    """Entry point of ``qsm-fit``: train, then print where everything is. See ``qsm-fit --help``."""
+    run_command("qsm-fit", lambda: _fit(args))
+
+
+def _fit(args: list[str] | None) -> None:
+    cli = FitCLI(
+        OffPolicyModule,
+        OffPolicyDataModule,
+        args=args,
+        run=False,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveResolvedConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "parser_mode": "omegaconf",
+            "prog": "qsm-fit",
+            "description": "Train a diffusion policy by Q-score matching.",
+        },
+        trainer_defaults={
+            "default_root_dir": "runs",
+            "max_epochs": -1,
+            "num_sanity_val_steps": 0,
+            "inference_mode": False,
+            "enable_checkpointing": None,
+            "enable_model_summary": False,
+            "log_every_n_steps": 1,
+        },
+    )
+    trainer, config = cli.trainer, cli.config
+    ckpt_path = checkpoints.resolve(config["ckpt_path"], Path(trainer.log_dir or trainer.default_root_dir))
+    if ckpt_path is not None:
+        checkpoints.check_resumable(ckpt_path, cli.model, cli.datamodule)
+    if trainer.is_global_zero:
+        print(f"qsm-fit: {trainer.log_dir}", flush=True)
+    try:
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+    except TrainingFault as fault:
+        raise TrainingFault(f"{fault}; {checkpoints.last_good_sentence(trainer)}") from fault
+    checkpoints.save_last_if_missing(trainer)
+    if trainer.is_global_zero:
+        print(checkpoints.closing_words(trainer))
+
+
+def evaluate(args: list[str] | None = None) -> None:
+    """Entry point of ``qsm-eval``: evaluate a run or checkpoint. See ``qsm-eval --help``."""
+    from qsm_lightning.evaluate_command import run
+
+    run_command("qsm-eval", lambda: run(args))
+
+
+def run_command(prog: str, command: Callable[[], None]) -> None:
+    """Run a command's body and turn the ways it can end early into one sentence and an exit status."""
+    _quiet()
+    try:
+        command()
+    except SettingError as error:
+        _stop(prog, str(error), 2)
+    except TrainingFault as error:
+        _stop(prog, str(error), 3)
+    except Interrupted as stop:
+        _stop(prog, f"{stop}\nresume with: {checkpoints.resume_command(Path(stop.checkpoint))}", 128 + stop.signum)
+    except KeyboardInterrupt:
+        _stop(prog, "interrupted; nothing was saved since the last checkpoint", 130)
+
+
+def _stop(prog: str, message: str, status: int) -> NoReturn:
+    print(f"{prog}: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _quiet() -> None:
+    """Leave out what Lightning and TorchRL say about things this package decided on purpose."""
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed", "torchrl"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (".*does not have many workers.*", ".*directory .* exists and is not empty.*", ".*LeafSpec.*"):
+        warnings.filterwarnings("ignore", message=text)
+    torch.set_float32_matmul_precision("high")

@@ -1,0 +1,93 @@
+"""Collection of experience: TorchRL's collector with a random warm-up, and what is counted while it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+
+from qsm_lightning.errors import TrainingFault
+
+
+def make_collector(
+    env: EnvBase, policy: TensorDictModuleBase, frames_per_batch: int, init_random_frames: int
+) -> Collector:
+    """An endless collector yielding chunks of ``frames_per_batch`` frames, stepped in this process.
+
+    Every chunk that begins before ``init_random_frames`` takes uniform actions. The policy is used as it is, not
+    copied, so it always acts with the current weights.
+    """
+    whole_chunks = math.ceil(init_random_frames / frames_per_batch) * frames_per_batch
+    return Collector(
+        env,
+        policy,
+        frames_per_batch=frames_per_batch,
+        total_frames=-1,
+        init_random_frames=whole_chunks,
+        trust_policy=True,
+        track_traj_ids=False,
+        auto_register_policy_transforms=False,
+    )
+
+
+@dataclass
+class Progress:
+    """The clock of a run: environment frames over all ranks, gradient updates, finished episodes."""
+
+    frames: int = 0
+    updates: int = 0
+    episodes: int = 0
+
+    def updates_owed(self, utd: float, init_random_frames: int) -> int:
+        """Updates still to do so that their number is floor(utd * (frames - warm-up)) in all, exactly."""
+        learning_frames = max(0, self.frames - init_random_frames)
+        return math.floor(Fraction(str(utd)) * learning_frames) - self.updates
+
+
+@dataclass
+class RecentExperience:
+    """What happened in the frames since it was last taken: finished episodes and actions at their bounds."""
+
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    frames: int = 0
+    at_bounds: float = 0.0
+
+    def add(self, chunk: TensorDictBase) -> int:
+        """Account for a chunk [frames]; returns the number of episodes that ended in it."""
+        following = chunk["next"]
+        done = following["done"].view(-1)
+        self.frames += chunk.numel()
+        self.at_bounds += (chunk["action"].abs() > 0.999).float().mean(-1).sum().item()
+        if not done.any():
+            return 0
+        self.returns += following["episode_reward"].view(-1)[done].tolist()
+        self.lengths += following["step_count"].view(-1)[done].tolist()
+        return int(done.sum())
+
+    def metrics(self) -> dict[str, float]:
+        """Means; return and length only when an episode ended."""
+        out = {"actions_at_bounds": self.at_bounds / max(1, self.frames)}
+        if self.returns:
+            out |= {
+                "return": sum(self.returns) / len(self.returns),
+                "length": sum(self.lengths) / len(self.lengths),
+            }
+        return out
+
+
+def check_finite(chunk: TensorDictBase, frames_before: int) -> None:
+    """Raise :class:`TrainingFault` with the frame and the tensor's name if a chunk [frames] holds NaN or inf."""
+    for key in ("observation", "action", ("next", "observation"), ("next", "reward")):
+        value = chunk[key]
+        if torch.isfinite(value).all():
+            continue
+        bad = (~value.isfinite()).flatten(1).any(1).nonzero()[0].item()
+        name = key if isinstance(key, str) else " ".join(key)
+        raise TrainingFault(f"{name} is NaN or infinite at frame {frames_before + int(bad) + 1}")

@@ -1,0 +1,130 @@
+"""The LightningModule: manual optimization of any off-policy loss, target updates, evaluation metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from qsm_lightning import losses
+from qsm_lightning.errors import require, require_positive
+from qsm_lightning.losses import QSM, OffPolicyLoss
+
+LossFactory = Callable[[int, int], OffPolicyLoss]
+
+
+class OffPolicyModule(LightningModule):
+    """Trains a loss of ``qsm_lightning.losses``: one Adam per term, in the loss's order, then its targets.
+
+    Args:
+        observation_dim: width of the observation; known from the environment.
+        action_dim: width of the action; known from the environment.
+        loss: the algorithm and its settings.
+        critic_lr: learning rate of the critics.
+        actor_lr: learning rate of the denoiser.
+        actor_lr_decay_updates: updates over which the denoiser's rate falls to 0 along a cosine; 0 keeps it constant.
+
+    Raises:
+        SettingError: for a value out of range.
+    """
+
+    loss: OffPolicyLoss
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        loss: LossFactory = QSM,
+        critic_lr: float = 3e-4,
+        actor_lr: float = 3e-4,
+        actor_lr_decay_updates: int = 2_000_000,
+    ) -> None:
+        super().__init__()
+        require_positive(model__critic_lr=critic_lr, model__actor_lr=actor_lr)
+        require(
+            actor_lr_decay_updates >= 0,
+            f"model.actor_lr_decay_updates is {actor_lr_decay_updates}: it must not be negative",
+        )
+        self.automatic_optimization = False
+        self.save_hyperparameters()
+        self.hparams.pop("_instantiator", None)
+        if not isinstance(self.hparams["loss"], dict):  # not made by a configuration
+            self.hparams["loss"] = loss_spec(loss)
+        self.loss = loss_from_spec(loss)(observation_dim, action_dim)
+        self.metrics: dict[str, Tensor] = {}
+
+    def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
+        """As many updates as ``batch`` [u, B] has rows; the last one's losses and metrics are kept, detached."""
+        optimizers: list[LightningOptimizer] = self.optimizers()  # type: ignore[assignment]
+        for minibatch in batch.unbind(0):
+            for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
+                loss, metrics = self.loss.term_loss(term, minibatch)
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+                self.metrics |= {f"loss/{term}": loss.detach(), **{f"update/{k}": v for k, v in metrics.items()}}
+            self.loss.update_targets()
+            self.lr_schedulers().step()  # type: ignore[union-attr]
+
+    def validation_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
+        """Log the evaluated episodes of each selector; ``eval/return`` is the first one's."""
+        frames = self.trainer.datamodule.progress.frames  # type: ignore[attr-defined]
+        self.log("step", torch.tensor(frames, dtype=torch.float64))  # x-axis; float32 is exact to 2^24 only
+        for i, (selector, episodes) in enumerate(batch.items()):
+            prefix = "eval" if i == 0 else f"eval_{selector}"
+            returns = episodes["return"]
+            self.log_dict(
+                {
+                    f"{prefix}/return": returns.mean(),
+                    f"{prefix}/return_std": returns.std(correction=0),
+                    f"{prefix}/length": episodes["length"].mean(),
+                },
+                batch_size=1,
+            )
+
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
+        """Adam for every term of the loss, and the cosine decay of the actor's rate."""
+        decay = self.hparams["actor_lr_decay_updates"]
+
+        def cosine(update: int) -> float:
+            return 0.5 * (1 + math.cos(math.pi * min(update / decay, 1))) if decay else 1.0
+
+        optimizers = {
+            term: Adam(
+                [p for module in self.loss.term_modules(term) for p in module.parameters()],
+                self.hparams["critic_lr"] if term == "qvalue" else self.hparams["actor_lr"],
+                fused=True,
+            )
+            for term in self.loss.terms
+        }
+        return list(optimizers.values()), [LambdaLR(optimizers["actor"], cosine)]
+
+
+def loss_spec(loss: LossFactory | dict[str, Any]) -> dict[str, Any]:
+    """A loss factory (a class, or ``functools.partial`` of one) as the plain data that a checkpoint keeps."""
+    if isinstance(loss, dict):
+        return loss
+    cls, settings = (loss.func, loss.keywords) if isinstance(loss, partial) else (loss, {})
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(settings)}  # type: ignore[union-attr]
+
+
+def loss_from_spec(spec: LossFactory | dict[str, Any]) -> LossFactory:
+    """The inverse of :func:`loss_spec`, for losses of this package only: a checkpoint cannot name other code."""
+    if not isinstance(spec, dict):
+        return spec
+    name = spec["class_path"].rpartition(".")[2]
+    cls = getattr(losses, name, None)
+    require(
+        isinstance(cls, type) and issubclass(cls, OffPolicyLoss) and spec["class_path"].startswith(losses.__name__),
+        f"the checkpoint's model.loss is {spec['class_path']!r}: only losses of {losses.__name__} are loaded",
+    )
+    return partial(cls, **spec["init_args"])  # type: ignore[arg-type]
