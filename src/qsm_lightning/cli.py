@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import ActionConfigFile
+from jsonargparse.typing import NonNegativeInt
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from qsm_lightning import callbacks as cb
 from qsm_lightning import checkpoints
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.errors import Interrupted, SettingError, TrainingFault
-from qsm_lightning.messages import ParserErrors, shipped_config
+from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, require
+from qsm_lightning.messages import ParserErrors, one_line, shipped_config
 from qsm_lightning.module import OffPolicyModule
 
 EPILOG = """
@@ -33,15 +37,30 @@ class FitParser(ParserErrors, LightningArgumentParser):
     """LightningCLI's parser, with errors in one sentence."""
 
 
+class ShippedConfigFile(ActionConfigFile):
+    """A configuration file by path, or a shipped one by name."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        super().__call__(parser, cfg, shipped_config(values), option_string)
+
+
 class FitCLI(LightningCLI):
     """LightningCLI without subcommands, with this project's callbacks, loggers and run folders."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = FitParser(**kwargs, epilog=EPILOG)
         parser.add_argument(
-            "-c", "--config", action=_config_action(), help="YAML file, or the name of a shipped one such as hopper."
+            "-c", "--config", action=ShippedConfigFile, help="YAML file, or the name of a shipped one such as hopper."
         )
         return parser
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--seed_everything",
+            type=bool | NonNegativeInt,
+            default=self.seed_everything_default,
+            help="Seed of envs, buffer sampler, networks and noise; true draws one.",
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.observation_dim", "model.observation_dim", apply_on="instantiate")
@@ -59,6 +78,10 @@ class FitCLI(LightningCLI):
         settings = self.config_init["trainer"]
         root = Path(settings["default_root_dir"])
         checkpoints.check_writable(root)
+        require(
+            settings["accelerator"] not in ("gpu", "cuda") or torch.cuda.is_available(),
+            f"trainer.accelerator is {settings['accelerator']!r}: there is no GPU here; use cpu or auto",
+        )
         if settings["logger"] in (None, True):
             name = self.config["name"] or run_name(self.config["data"]["env"])
             board = TensorBoardLogger(str(root), name, default_hp_metric=False)
@@ -85,18 +108,6 @@ class SaveResolvedConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
 
-def _config_action() -> type:
-    from jsonargparse import ActionConfigFile
-
-    class ShippedConfigFile(ActionConfigFile):
-        """A configuration file by path, or a shipped one by name."""
-
-        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-            super().__call__(parser, cfg, shipped_config(values), option_string)
-
-    return ShippedConfigFile
-
-
 def run_name(env: str) -> str:
     """The folder name of an environment's runs: dmc:cartpole/swingup -> dmc-cartpole-swingup."""
     return env.replace(":", "-").replace("/", "-")
@@ -107,8 +118,18 @@ def fit(args: list[str] | None = None) -> None:
     run_command("qsm-fit", lambda: _fit(args))
 
 
-def _fit(args: list[str] | None) -> None:
-    cli = FitCLI(
+def _build(args: list[str] | None) -> FitCLI:
+    """Parse and instantiate everything; whatever is wrong with the settings ends in a :class:`SettingError`."""
+    try:
+        return _cli(args)
+    except SettingError:
+        raise
+    except (MisconfigurationException, OmegaConfBaseException, ValueError) as error:
+        raise SettingError(one_line(error)) from error
+
+
+def _cli(args: list[str] | None) -> FitCLI:
+    return FitCLI(
         OffPolicyModule,
         OffPolicyDataModule,
         args=args,
@@ -132,6 +153,10 @@ def _fit(args: list[str] | None) -> None:
             "log_every_n_steps": 1,
         },
     )
+
+
+def _fit(args: list[str] | None) -> None:
+    cli = _build(args)
     trainer, config = cli.trainer, cli.config
     ckpt_path = checkpoints.resolve(config["ckpt_path"], Path(trainer.log_dir or trainer.default_root_dir))
     if ckpt_path is not None:

@@ -1,23 +1,97 @@
-"""Errors of the command line in one sentence that names the setting and the mend."""
+"""What the command line says about bad settings: one sentence that names the setting and the mend."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import re
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 import qsm_lightning
-from qsm_lightning.errors import SettingError
+from qsm_lightning import losses
+from qsm_lightning.errors import SettingError, require
 
 SHIPPED = Path(qsm_lightning.__file__).parent / "conf"
 
 
 def shipped_config(value: str) -> str:
-    """``value`` itself if it is a file, else the shipped configuration of that name (``hopper``, ``dmc/walker_walk``)."""
-    path = SHIPPED / f"{str(value).removesuffix('.yaml').removeprefix('conf/')}.yaml"
-    return str(path) if not Path(value).exists() and path.is_file() else value
+    """``value`` itself if it is a file, else the shipped configuration of that name (``hopper``, ``dmc/walker_walk``).
+
+    Raises:
+        SettingError: when there is neither, or the file is not a YAML mapping.
+    """
+    name = str(value).removesuffix(".yaml").removeprefix("conf/")
+    path = Path(value) if Path(value).exists() else SHIPPED / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.rglob("*.yaml"))
+        raise SettingError(f"--config is {value!r}: there is no such file; shipped ones are {', '.join(known)}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        problem = one_line(getattr(error, "problem", None) or error)
+        raise SettingError(f"--config is {value!r}: not valid YAML, {problem}{where}; mend it there") from error
+    require(isinstance(content, dict), f"--config is {value!r}: it must hold settings, such as 'data:' and 'model:'")
+    return str(path)
+
+
+def one_line(message: object) -> str:
+    """A message without line breaks and its final stop."""
+    return " ".join(str(message).split()).rstrip(".")
+
+
+def sentence(message: str, known: list[str]) -> str:
+    """jsonargparse's error message as one sentence; ``known`` are the valid settings, dotted."""
+    keys = re.findall(r'Parser key "([^"]+)":', message)
+    text = re.sub(r'Parser key "[^"]+":', "", message)
+    key = ".".join(keys)
+    unknown = re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", text)
+    option = re.search(r"[Oo]ption '([^']+)'", text)
+    if unknown is not None:
+        return _unknown(unknown[1], known)
+    if option is not None and "accept" in text:
+        group = re.search(r"Group '([^']+)'", text)
+        return _unknown(".".join(filter(None, [group[1] if group else key, option[1]])), known)
+    if key == "model.loss" and "import path" in text:
+        return f"model.loss: there is no such loss; choose one of {losses.__name__}, such as QSM"
+    return _expected(key, one_line(text)) if key else one_line(text)
+
+
+def _expected(key: str, text: str) -> str:
+    """'Expected a X. Got value: v', perhaps for several X, as '<key> is v: it must be X'."""
+    text = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", text)
+    text = re.sub(r"typing\.Literal(\[[^\]]*\])", r"one of \1", text)
+    text = re.sub(r"Not of type \w+: does not conform to restriction v([<>]=?\S+)", r"Expected a number \1", text)
+    text = text.replace("Expected a Sequence", "Expected a list such as [256, 256]")
+    wanted = re.findall(r"Expected an? (.+?)(?=\. Got value| - Expected| Given value|$)", text)
+    value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", text)
+    if not wanted or value is None:
+        return f"{key}: {text}"
+    return f"{key} is {value[1]!r}: it must be {' or '.join(dict.fromkeys(wanted)).replace('NoneType', 'null')}"
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    best = (same_leaf or near or [None])[0]
+    return f"{key} is not a setting; " + (f"did you mean {best}?" if best else "see qsm-fit --help")
 
 
 class ParserErrors:
     """Mixin for a jsonargparse parser: its errors as :class:`SettingError`, without the usage before them."""
 
+    _actions: list[Any]
+    exit_on_error: bool
+
     def error(self, message: str, ex: Exception | None = None) -> None:
-        raise SettingError(message) from ex
+        """Raise the message as one sentence; a parser inside another's leaves that to it."""
+        if not self.exit_on_error:
+            super().error(message, ex)  # type: ignore[misc]
+        known = [action.dest for action in self._actions if action.dest not in ("help", "config")]
+        for name in losses.__all__:
+            known += [f"model.loss.{parameter}" for parameter in inspect.signature(getattr(losses, name)).parameters]
+        raise SettingError(sentence(message, known)) from ex
