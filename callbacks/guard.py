@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import TrainingFault
 
 
@@ -25,5 +26,5 @@ class StopOnNonFinite(Callback):
         if not metrics or torch.stack(list(metrics.values())).isfinite().all():
             return
         name = next(key for key, value in metrics.items() if not value.isfinite())
-        frames = trainer.datamodule.progress.frames  # type: ignore[attr-defined]
+        frames = datamodule_of(trainer).progress.frames
         raise TrainingFault(f"training diverged: {name} is {metrics[name].item()} at frame {frames}")

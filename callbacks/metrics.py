@@ -8,6 +8,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import require
 
 
@@ -33,9 +34,9 @@ class TrainingMetrics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         frames = data.progress.frames - self._frames
-        if frames < self.every_frames and data.progress.frames < data.hparams.total_frames:
+        if frames < self.every_frames and data.progress.frames < data.total_frames:
             return
         seconds = max(time.perf_counter() - self._time, 1e-9)
         metrics: dict[str, Any] = {f"train/{k}": v for k, v in data.take_recent().metrics().items()}
@@ -62,5 +63,5 @@ class TrainingMetrics(Callback):
         self._validation_start = time.perf_counter()
 
     def _mark(self, trainer: Trainer) -> None:
-        progress = trainer.datamodule.progress  # type: ignore[attr-defined]
+        progress = datamodule_of(trainer).progress
         self._time, self._frames, self._updates = time.perf_counter(), progress.frames, progress.updates

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -15,6 +15,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 from typing_extensions import override
 
+from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import require
 from qsm_lightning.losses import OffPolicyLoss
 
@@ -35,7 +36,10 @@ class PolicyPicture(Callback):
     """
 
     def __init__(self, every_evaluations: int = 1, states: int = 3, samples: int = 200) -> None:
-        require(every_evaluations >= 0, f"picture.every_evaluations is {every_evaluations}: it must not be negative")
+        require(
+            every_evaluations >= 0,
+            f"picture.every_evaluations is {every_evaluations}: it must not be negative",
+        )
         require(states > 0, f"picture.states is {states}: it must be greater than 0")
         require(samples > 0, f"picture.samples is {samples}: it must be greater than 0")
         self.every_evaluations = every_evaluations
@@ -49,13 +53,14 @@ class PolicyPicture(Callback):
         self._count += 1
         if not self.every_evaluations or self._count % self.every_evaluations or not trainer.is_global_zero:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 if self._observations is None:
                     rows = torch.linspace(0, len(data.buffer) - 1, self.states).long()
                     self._observations = data.buffer[rows]["observation"].clone()
-                figure = draw_policy(pl_module.loss, self._observations, self.samples)  # type: ignore[arg-type]
+                loss = cast(OffPolicyLoss, pl_module.loss)
+                figure = draw_policy(loss, self._observations, self.samples)
                 logger.experiment.add_figure("policy", figure, data.progress.frames)
 
     @override
@@ -72,12 +77,12 @@ def draw_policy(loss: OffPolicyLoss, observations: Tensor, samples: int = 200) -
 
     The loss must offer ``critics`` and ``q_gradient``, as :class:`~qsm_lightning.losses.QSMLoss` does.
     """
-    device = next(loss.denoiser.parameters()).device  # type: ignore[union-attr, operator]
+    device = next(loss.denoiser.parameters()).device
     observations = observations.to(device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         policy = loss.evaluation_policy()
-        actions = [policy.act(o.expand(samples, -1)).detach() for o in observations]  # type: ignore[operator]
+        actions = [policy.act(o.expand(samples, -1)).detach() for o in observations]
     action_dim = actions[0].shape[-1]
     pairs = list(pairwise(range(action_dim)))[:4] if action_dim > 1 else [(0, 0)]
     figure = matplotlib.figure.Figure(figsize=(4 * len(pairs) + 1, 3.2 * len(observations)), layout="constrained")
@@ -94,8 +99,8 @@ def _values(loss: OffPolicyLoss, observation: Tensor, actions: Tensor) -> tuple[
     """Q (mean of the critics) [N] and grad_a Q [N, A] at ``actions`` [N, A]."""
     observations = observation.expand(len(actions), -1)
     with torch.no_grad():
-        q = loss.critics(observations, actions).mean(0)  # type: ignore[operator]
-    return q.cpu().numpy(), loss.q_gradient(observations, actions).cpu().numpy()  # type: ignore[operator]
+        q = loss.critics(observations, actions).mean(0)
+    return q.cpu().numpy(), loss.q_gradient(observations, actions).cpu().numpy()
 
 
 def _draw_line(axis: Axes, loss: OffPolicyLoss, observation: Tensor, actions: Tensor, i: int, j: int) -> None:
@@ -112,12 +117,11 @@ def _draw_line(axis: Axes, loss: OffPolicyLoss, observation: Tensor, actions: Te
 
 def _draw_plane(axis: Axes, loss: OffPolicyLoss, observation: Tensor, actions: Tensor, i: int, j: int) -> None:
     line = torch.linspace(-1, 1, GRID, device=actions.device)
-    x, y = torch.meshgrid(line, line, indexing="xy")
     grid = actions.mean(0).repeat(GRID * GRID, 1)
-    grid[:, i], grid[:, j] = x.flatten(), y.flatten()
-    q, g = _values(loss, observation, grid)
-    x, y, q = x.cpu().numpy(), y.cpu().numpy(), q.reshape(GRID, GRID)
-    u, v = g[:, i].reshape(GRID, GRID), g[:, j].reshape(GRID, GRID)
+    grid[:, i], grid[:, j] = (part.flatten() for part in torch.meshgrid(line, line, indexing="xy"))
+    values, g = _values(loss, observation, grid)
+    plane = grid.cpu().numpy()
+    x, y, q, u, v = (part.reshape(GRID, GRID) for part in (plane[:, i], plane[:, j], values, g[:, i], g[:, j]))
     axis.figure.colorbar(axis.contourf(x, y, q, levels=20, cmap="viridis"), ax=axis, label="Q")
     skip = (slice(2, None, 4), slice(2, None, 4))
     axis.quiver(x[skip], y[skip], u[skip], v[skip], color="white", alpha=0.7)

@@ -10,6 +10,8 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from typing_extensions import override
 
+from qsm_lightning.datamodule import datamodule_of
+
 
 class FrameProgress(RichProgressBar):
     """One bar over ``data.total_frames`` with evaluation return, frames/s, updates/s and time left.
@@ -34,7 +36,7 @@ class FrameProgress(RichProgressBar):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        progress = trainer.datamodule.progress  # type: ignore[attr-defined]
+        progress = datamodule_of(trainer).progress
         self._start = self._mark = (time.monotonic(), progress.frames, progress.updates)
         self._speed = (0.0, 0.0)
 
@@ -42,7 +44,7 @@ class FrameProgress(RichProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One bar for the whole run, not one per epoch."""
         if self.progress is not None and self.train_progress_bar_id is None:
-            total = trainer.datamodule.hparams.total_frames  # type: ignore[attr-defined]
+            total = datamodule_of(trainer).total_frames
             self.train_progress_bar_id = self._add_task(total, "Frames")
 
     @override
@@ -58,38 +60,45 @@ class FrameProgress(RichProgressBar):
             return
         self._measure(trainer)
         if self.is_terminal:
-            self._update(self.train_progress_bar_id, trainer.datamodule.progress.frames)  # type: ignore[attr-defined]
+            self._update(self.train_progress_bar_id, datamodule_of(trainer).progress.frames)
             self._update_metrics(trainer, pl_module)
         else:
             self._print_line(trainer)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._measure(trainer)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._return = trainer.callback_metrics["eval/return"].item()
-        if trainer.state.fn == "fit" and not self.is_terminal:
-            self._measure(trainer)
+        self._mark = (time.monotonic(), *self._mark[1:])  # speeds are training's alone
+        if not self.is_terminal:
             self._print_line(trainer)
         super().on_validation_end(trainer, pl_module)
 
     @override
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         """What stands behind the bar."""
         frames_per_s, updates_per_s = self._speed
-        progress = trainer.datamodule.progress  # type: ignore[attr-defined]
+        progress = datamodule_of(trainer).progress
         metrics: dict[str, Any] = {"frames/s": f"{frames_per_s:.0f}", "updates/s": f"{updates_per_s:.0f}"}
         if self._return is not None:
             metrics = {"return": f"{self._return:.1f}", **metrics}
         return {**metrics, "left": self._time_left(trainer, progress.frames)}
 
     def _measure(self, trainer: Trainer) -> None:
-        progress = trainer.datamodule.progress  # type: ignore[attr-defined]
+        progress = datamodule_of(trainer).progress
         now = (time.monotonic(), progress.frames, progress.updates)
         seconds = max(now[0] - self._mark[0], 1e-9)
         self._speed = ((now[1] - self._mark[1]) / seconds, (now[2] - self._mark[2]) / seconds)
         self._mark = now
 
     def _time_left(self, trainer: Trainer, frames: int) -> str:
-        left = trainer.datamodule.hparams.total_frames - frames  # type: ignore[attr-defined]
+        left = datamodule_of(trainer).total_frames - frames
         done = frames - self._start[1]
         seconds = round(left * (time.monotonic() - self._start[0]) / done) if done else 0
         return f"{seconds // 3600}:{seconds % 3600 // 60:02}:{seconds % 60:02}"
@@ -97,8 +106,8 @@ class FrameProgress(RichProgressBar):
     def _print_line(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
-        frames = trainer.datamodule.progress.frames  # type: ignore[attr-defined]
-        total = trainer.datamodule.hparams.total_frames  # type: ignore[attr-defined]
+        frames = datamodule_of(trainer).progress.frames
+        total = datamodule_of(trainer).total_frames
         metrics = self.get_metrics(trainer, trainer.lightning_module)
         values = " ".join(f"{key} {value}" for key, value in metrics.items())
         print(f"frames {frames}/{total} {values}", flush=True)

@@ -8,6 +8,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.envs import make_render_env
 from qsm_lightning.errors import require
 from qsm_lightning.recording import picture_strip, record_episode, render_frame, write_video
@@ -38,7 +39,7 @@ class EvaluationVideo(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = trainer.datamodule.hparams.env  # type: ignore[attr-defined]
+        name = datamodule_of(trainer).env_name
         env, render = make_render_env(name)
         env.reset()
         render_frame(name, render)
@@ -49,11 +50,15 @@ class EvaluationVideo(Callback):
         self._count += 1
         if self._count % self.every_evaluations or not trainer.is_global_zero:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule_of(trainer)
         policy = pl_module.loss.evaluation_policy()  # type: ignore[union-attr, operator]
-        frames, _ = record_episode(data.hparams.env, policy, self.seed, self.max_frames, every=4)
+        frames, _ = record_episode(data.env_name, policy, self.seed, self.max_frames, every=4)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("episode", picture_strip(frames), data.progress.frames, dataformats="HWC")
         if trainer.log_dir:
-            write_video(str(Path(trainer.log_dir, "videos", f"{data.progress.frames:09}.gif")), frames[:, ::2, ::2], 15)
+            write_video(
+                str(Path(trainer.log_dir, "videos", f"{data.progress.frames:09}.gif")),
+                frames[:, ::2, ::2],
+                15,
+            )

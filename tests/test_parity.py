@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsm_lightning.losses import QSMLoss
 from qsm_lightning.networks import Critics, Denoiser
@@ -39,14 +40,17 @@ def reference(case: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def weights(loss: QSMLoss) -> dict[str, nn.Parameter]:
+def weights(loss: QSMLoss) -> dict[str, Any]:
     """Our parameters under the names of the reference files (kernels there are [in, out])."""
-    named = {"denoiser/FourierFeatures_0/kernel": loss.denoiser.fourier.weight}
-    for prefix, mlp in (("denoiser/MLP_0", loss.denoiser.time_encoder), ("denoiser/MLP_1", loss.denoiser.trunk)):
+    named: dict[str, Any] = {"denoiser/FourierFeatures_0/kernel": loss.denoiser.fourier.weight}
+    for prefix, mlp in (
+        ("denoiser/MLP_0", loss.denoiser.time_encoder),
+        ("denoiser/MLP_1", loss.denoiser.trunk),
+    ):
         for i, layer in enumerate(mlp.layers):
             named |= {f"{prefix}/Dense_{i}/kernel": layer.weight, f"{prefix}/Dense_{i}/bias": layer.bias}
     for prefix, critics in (("critic", loss.critics), ("target", loss.target_critics)):
-        for k, critic in enumerate(critics.critics, 1):
+        for k, critic in enumerate(critics.critics, 1):  # type: ignore[arg-type]
             *hidden, last = critic.layers
             for i, layer in enumerate(hidden):
                 named |= {
@@ -89,7 +93,9 @@ def reproduced(case: str, dtype: torch.dtype) -> dict[str, np.ndarray]:
     for name, parameter in names.items():
         parameter.data.copy_(x[name].T if is_dense_kernel(name) else x[name])
     out = {k: getattr(schedule, k) for k in ("betas", "alphas", "alpha_hats")}
-    out["denoiser_out"] = torch.stack([loss.denoiser(observation, action, torch.tensor([t])) for t in range(schedule.T)])
+    out["denoiser_out"] = torch.stack(
+        [loss.denoiser(observation, action, torch.tensor([t])) for t in range(schedule.T)]
+    )
     trajectory = reverse_process(
         loss.denoiser, schedule, next_observation, x["sampler/x_T"], x["sampler/z"], loss.temperature
     )
@@ -111,7 +117,17 @@ def reproduced(case: str, dtype: torch.dtype) -> dict[str, np.ndarray]:
     return {name: as_reference(name, value) for name, value in (out | grads).items() if value is not None}
 
 
-INPUTS = ("denoiser/", "critic_1/", "critic_2/", "target_", "batch/", "sampler/x_T", "sampler/z", "td/noise", "td/gamma")
+INPUTS: tuple[str, ...] = (
+    "denoiser/",
+    "critic_1/",
+    "critic_2/",
+    "target_",
+    "batch/",
+    "sampler/x_T",
+    "sampler/z",
+    "td/noise",
+    "td/gamma",
+)
 INPUTS += ("score/t", "score/noise", "score/m_q")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError, require
@@ -39,7 +40,9 @@ def resolve(ckpt_path: str | None, run: Path) -> Path | None:
     if ckpt_path == "last":
         path = newest(run.parent, "*/checkpoints/last.ckpt")
         if path is None:
-            raise SettingError(f"--ckpt_path is last: there is no checkpoint below {run.parent}; give a file, or leave it")
+            raise SettingError(
+                f"--ckpt_path is last: there is no checkpoint below {run.parent}; give a file, or leave it"
+            )
         return path
     require(Path(ckpt_path).is_file(), f"--ckpt_path is {ckpt_path!r}: there is no such file")
     return Path(ckpt_path)
@@ -54,7 +57,9 @@ def load(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise SettingError(f"{path} is not a checkpoint, or a damaged one ({type(error).__name__}); choose another") from error
+        raise SettingError(
+            f"{path} is not a checkpoint, or a damaged one ({type(error).__name__}); choose another"
+        ) from error
     keys = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", OffPolicyDataModule.__qualname__}
     require(
         isinstance(checkpoint, dict) and keys <= checkpoint.keys(),
@@ -72,13 +77,16 @@ def check_resumable(path: Path, module: OffPolicyModule, data: OffPolicyDataModu
         require(
             theirs.get(name) == value.shape,
             f"{path} is of {env} with other shapes ({name} is {_shape(theirs.get(name))}, here {_shape(value.shape)}): "
-            f"resume with the settings of its run, or choose a checkpoint of {data.hparams.env}",
+            f"resume with the settings of its run, or choose a checkpoint of {data.env_name}",
         )
-    require(theirs.keys() == module.state_dict().keys(), f"{path} is of another algorithm: choose one of this model.loss")
+    require(
+        theirs.keys() == module.state_dict().keys(),
+        f"{path} is of another algorithm: choose one of this model.loss",
+    )
     frames = checkpoint[OffPolicyDataModule.__qualname__]["progress"]["frames"]
     require(
-        frames < data.hparams.total_frames,
-        f"data.total_frames is {data.hparams.total_frames}: {path} is already at {frames} frames; give a greater number",
+        frames < data.total_frames,
+        f"data.total_frames is {data.total_frames}: {path} is already at {frames} frames; give a greater number",
     )
 
 
@@ -127,11 +135,11 @@ def resume_command(checkpoint: Path) -> str:
 
 def closing_words(trainer: Trainer) -> str:
     """Best and final return, where the checkpoints are, and what to type next."""
-    scores = [cb.best_model_score for cb in trainer.checkpoint_callbacks if getattr(cb, "monitor", None)]
+    callbacks = [cb for cb in trainer.checkpoint_callbacks if isinstance(cb, ModelCheckpoint) and cb.monitor]
     final = trainer.callback_metrics.get("eval/return")
     lines = []
     if final is not None:
-        best = max([final.item(), *(score.item() for score in scores if score is not None)])
+        best = max([final.item(), *(cb.best_model_score.item() for cb in callbacks if cb.best_model_score is not None)])
         lines = [f"final return: {final.item():.2f}", f"best return: {best:.2f}"]
     run = trainer.log_dir
     names = [str(folder(trainer) / name) for name in ("best.ckpt", "last.ckpt") if (folder(trainer) / name).exists()]
@@ -139,5 +147,3 @@ def closing_words(trainer: Trainer) -> str:
     if names:
         lines += [f"next: qsm-eval {run}", f"      tensorboard --logdir {run}"]
     return "\n".join(lines)
-
-

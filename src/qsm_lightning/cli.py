@@ -50,7 +50,10 @@ class FitCLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = FitParser(**kwargs, epilog=EPILOG)
         parser.add_argument(
-            "-c", "--config", action=ShippedConfigFile, help="YAML file, or the name of a shipped one such as hopper."
+            "-c",
+            "--config",
+            action=ShippedConfigFile,
+            help="YAML file, or the name of a shipped one such as hopper.",
         )
         return parser
 
@@ -65,7 +68,9 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.observation_dim", "model.observation_dim", apply_on="instantiate")
         parser.link_arguments("data.action_dim", "model.action_dim", apply_on="instantiate")
-        parser.add_argument("--name", type=str | None, default=None, help="Folder of the run; the env's name by default.")
+        parser.add_argument(
+            "--name", type=str | None, default=None, help="Folder of the run; the env's name by default."
+        )
         parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from: a file, or last."
         )
@@ -189,7 +194,11 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
     except TrainingFault as error:
         _stop(prog, str(error), 3)
     except Interrupted as stop:
-        _stop(prog, f"{stop}\nresume with: {checkpoints.resume_command(Path(stop.checkpoint))}", 128 + stop.signum)
+        _stop(
+            prog,
+            f"{stop}\nresume with: {checkpoints.resume_command(Path(stop.checkpoint))}",
+            128 + stop.signum,
+        )
     except KeyboardInterrupt:
         _stop(prog, "interrupted; nothing was saved since the last checkpoint", 130)
 
@@ -203,6 +212,10 @@ def _quiet() -> None:
     """Leave out what Lightning and TorchRL say about things this package decided on purpose."""
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed", "torchrl"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*directory .* exists and is not empty.*", ".*LeafSpec.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*directory .* exists and is not empty.*",
+        ".*LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", message=text)
     torch.set_float32_matmul_precision("high")

@@ -5,20 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from pytorch_lightning import LightningDataModule
+from pytorch_lightning import LightningDataModule, Trainer
 from tensordict import TensorDict, TensorDictBase
+from torchrl.envs import EnvBase
 
 from qsm_lightning.collect import Progress, RecentExperience, check_finite, make_collector
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require, require_positive
 from qsm_lightning.evaluation import run_episodes
+from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.replay import FRAME_KEYS, Storage, buffer_state, load_buffer_state, make_replay_buffer
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
 
 SELECTORS = ("sample", "best_of_n")
+
+
+def datamodule_of(trainer: Trainer) -> OffPolicyDataModule:
+    """The trainer's datamodule; with another kind this package's module and callbacks cannot work."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, OffPolicyDataModule), f"needs an OffPolicyDataModule, not {type(data).__name__}"
+    return data
 
 
 class SizedStream:
@@ -109,12 +118,24 @@ class OffPolicyDataModule(LightningDataModule):
             f"data.buffer_size is {buffer_size}: it must be at least data.batch_size ({batch_size})",
         )
         self.save_hyperparameters()
+        self.env_name = env
+        self.total_frames = total_frames
+        self.init_random_frames = init_random_frames
+        self.batch_size = batch_size
+        self.buffer_size = buffer_size
+        self.storage = storage
+        self.storage_dir = storage_dir
+        self.utd = utd
+        self.eval_every_frames = eval_every_frames
+        self.eval_episodes = eval_episodes
+        self.eval_selectors = SELECTORS if eval_selector == "both" else (eval_selector,)
+        self.eval_candidates = eval_candidates
         self.env = make_env(env, num_envs)
         self.observation_dim = self.env.observation_spec["observation"].shape[-1]
         self.action_dim = self.env.action_spec.shape[-1]
         self.progress = Progress()
         self.recent = RecentExperience()
-        self._eval_env = None
+        self._eval_env: EnvBase | None = None
         self._chunks: Iterator[TensorDictBase] | None = None
 
     # What Lightning asks for.
@@ -122,7 +143,6 @@ class OffPolicyDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Seed and build collector and buffer, once."""
         assert self.trainer is not None
-        self._eval_selectors = SELECTORS if self.hparams.eval_selector == "both" else (self.hparams.eval_selector,)
         if stage != "fit" or self._chunks is not None:
             return
         seed, rank, self._ranks = global_seed(), self.trainer.global_rank, self.trainer.world_size
@@ -130,21 +150,21 @@ class OffPolicyDataModule(LightningDataModule):
         torch.manual_seed(derive_seed(seed, rank, Purpose.NOISE))
         self.collector = make_collector(
             self.env,
-            self.trainer.lightning_module.loss.exploration_policy(),
+            self._loss.exploration_policy(),
             self.frames_per_batch,
-            math.ceil(self.hparams.init_random_frames / self._ranks),
+            math.ceil(self.init_random_frames / self._ranks),
         )
         self.buffer = make_replay_buffer(
-            math.ceil(self.hparams.buffer_size / self._ranks),
-            self.hparams.storage,
-            self.hparams.storage_dir,
+            math.ceil(self.buffer_size / self._ranks),
+            self.storage,
+            self.storage_dir,
             derive_seed(seed, rank, Purpose.SAMPLER),
         )
         self._chunks = iter(self.collector)
 
     def train_dataloader(self) -> SizedStream:
         """Batches of updates; its length is one evaluation period."""
-        chunks = math.ceil(self.hparams.eval_every_frames / (self.frames_per_batch * self._ranks))
+        chunks = math.ceil(self.eval_every_frames / (self.frames_per_batch * self._ranks))
         return SizedStream(chunks, self.next_batch)
 
     def val_dataloader(self) -> SizedStream:
@@ -156,6 +176,11 @@ class OffPolicyDataModule(LightningDataModule):
 
     # Data flow.
 
+    @property
+    def _loss(self) -> OffPolicyLoss:
+        assert self.trainer is not None
+        return cast(OffPolicyLoss, self.trainer.lightning_module.loss)
+
     def next_batch(self) -> TensorDictBase:
         """Collect a chunk, store it, and sample the updates it is worth: [u, batch_size], u = 0 in the warm-up."""
         assert self._chunks is not None
@@ -165,29 +190,27 @@ class OffPolicyDataModule(LightningDataModule):
         self.progress.frames += chunk.numel() * self._ranks
         self.progress.episodes += self.recent.add(chunk)
         self.buffer.extend(chunk.select(*FRAME_KEYS))
-        if self.progress.frames >= self.hparams.total_frames:
+        if self.progress.frames >= self.total_frames:
             self.trainer.should_stop = True
-        updates = self.progress.updates_owed(self.hparams.utd, self.hparams.init_random_frames)
+        updates = self.progress.updates_owed(self.utd, self.init_random_frames)
         self.progress.updates += updates
-        batch_size = self.hparams.batch_size
         if updates == 0:
-            return TensorDict(batch_size=[0, batch_size])
-        return self.buffer.sample(updates * batch_size).select(*FRAME_KEYS).reshape(updates, batch_size)
+            return TensorDict(batch_size=[0, self.batch_size])
+        return self.buffer.sample(updates * self.batch_size).select(*FRAME_KEYS).reshape(updates, self.batch_size)
 
     def evaluate(self) -> dict[str, dict[str, torch.Tensor]]:
         """Evaluated episodes of each selector: {selector: {return: [E], length: [E]}}."""
-        assert self.trainer is not None
         if self._eval_env is None:
-            self._eval_env = make_env(self.hparams.env, self.hparams.eval_episodes)
+            self._eval_env = make_env(self.env_name, self.eval_episodes)
         seed = global_seed()
         return {
             selector: run_episodes(
                 self._eval_env,
-                self.trainer.lightning_module.loss.evaluation_policy(selector, self.hparams.eval_candidates),
+                self._loss.evaluation_policy(selector, self.eval_candidates),
                 derive_seed(seed, 0, Purpose.EVAL_ENV),
                 derive_seed(seed, 0, Purpose.EVAL_NOISE),
             )
-            for selector in self._eval_selectors
+            for selector in self.eval_selectors
         }
 
     def take_recent(self) -> RecentExperience:

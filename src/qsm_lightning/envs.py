@@ -69,7 +69,7 @@ def make_env(name: str, num_envs: int = 1) -> EnvBase:
     if source == "dmc":
         single = partial(_dmc_env, task)
         probe = _dmc_env(task)
-        keys = [key for key in probe.observation_spec.keys() if key != "pixels"]
+        keys = [key for key in probe.observation_spec.keys(True, True) if key != "pixels"]
         transforms += [
             CatTensors(sorted(keys), "observation"),
             DoubleToFloat(in_keys=["observation", "reward"], in_keys_inv=["action"]),
@@ -111,9 +111,11 @@ def make_gym(name: str, **kwargs: Any) -> gym.Env:
             "space; choose an environment with continuous actions, such as Pendulum-v1"
         )
     _check_bounds(name, space.low, space.high)
-    if not isinstance(env.observation_space, gym.spaces.Box) or env.observation_space.shape is None:
-        env = gym.wrappers.FlattenObservation(env)
-    elif len(env.observation_space.shape) != 1:
+    if (
+        not isinstance(env.observation_space, gym.spaces.Box)
+        or env.observation_space.shape is None
+        or len(env.observation_space.shape) != 1
+    ):
         env = gym.wrappers.FlattenObservation(env)
     if env.observation_space.dtype != np.float32:
         env = gym.wrappers.DtypeObservation(env, np.float32)
@@ -183,7 +185,7 @@ class EnvpoolEnv(EnvBase):
         space = self._env.action_space
         require(
             isinstance(space, gym.spaces.Box),
-            f"data.env is {name!r}: its actions are {space}, and a diffusion policy needs a continuous Box action space",
+            f"data.env is {name!r}: its actions are {space}, and a diffusion policy needs a Box action space",
         )
         _check_bounds(name, space.low, space.high)
         self._mid, self._half = (space.high + space.low) / 2, (space.high - space.low) / 2
@@ -192,15 +194,11 @@ class EnvpoolEnv(EnvBase):
         self.action_spec = Bounded(-1, 1, (num_envs, *space.shape))
         self.reward_spec = Unbounded((num_envs, 1))
         flag = Binary(1, (num_envs, 1), dtype=torch.bool)
-        self.done_spec = Composite(
-            done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(num_envs,)
-        )
+        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(num_envs,))
 
     def _set_seed(self, seed: int | None) -> None:
         """envpool takes its seed when it is made."""
-        self._env = self._envpool.make(
-            self._task, env_type="gymnasium", num_envs=self.batch_size[0], seed=seed or 0
-        )
+        self._env = self._envpool.make(self._task, env_type="gymnasium", num_envs=self.batch_size[0], seed=seed or 0)
 
     def _observation(self, raw: Any) -> torch.Tensor:
         if isinstance(raw, dict):

@@ -11,7 +11,7 @@ class TrainingFault(RuntimeError):
     """Training cannot go on: NaN or inf in the data or in a loss (exit status 3)."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the user asked for it
+class Interrupted(Exception):
     """A signal stopped the run after a checkpoint was written (exit status 128 + signal number)."""
 
     def __init__(self, signum: int, checkpoint: str) -> None:

@@ -24,10 +24,15 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("qsm-eval", description="Evaluate a trained policy.")
-    parser.add_argument("checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its best checkpoint) or a .ckpt")
+    parser.add_argument(
+        "checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its best checkpoint) or a .ckpt"
+    )
     parser.add_argument("--episodes", type=int, default=10, help="number of whole episodes (10)")
     parser.add_argument(
-        "--selector", choices=("sample", "best_of_n"), default="sample", help="one sample a step, or the best of n by Q"
+        "--selector",
+        choices=("sample", "best_of_n"),
+        default="sample",
+        help="one sample a step, or the best of n by Q",
     )
     parser.add_argument("--candidates", type=int, default=32, help="n of best_of_n (32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of starts and noise (0)")
@@ -66,4 +71,8 @@ def run(args: list[str] | None = None) -> None:
     if options.json:
         print(json.dumps(result))
     else:
-        print("\n".join(f"{key}: {f'{value:.2f}' if isinstance(value, float) else value}" for key, value in result.items()))
+        print(
+            "\n".join(
+                f"{key}: {f'{value:.2f}' if isinstance(value, float) else value}" for key, value in result.items()
+            )
+        )

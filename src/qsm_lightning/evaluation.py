@@ -12,9 +12,7 @@ from torchrl.envs import EnvBase
 MAX_EPISODE_FRAMES = 1_000_000  # an episode without a time limit ends here
 
 
-def run_episodes(
-    env: EnvBase, policy: TensorDictModuleBase, env_seed: int, noise_seed: int
-) -> dict[str, Tensor]:
+def run_episodes(env: EnvBase, policy: TensorDictModuleBase, env_seed: int, noise_seed: int) -> dict[str, Tensor]:
     """One whole episode in each of the environment's copies.
 
     The same seeds give the same starts and the same noise. Torch's global generators are left as they were, so that

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -35,7 +35,10 @@ def shipped_config(value: str) -> str:
         where = f" at line {mark.line + 1}" if mark else ""
         problem = one_line(getattr(error, "problem", None) or error)
         raise SettingError(f"--config is {value!r}: not valid YAML, {problem}{where}; mend it there") from error
-    require(isinstance(content, dict), f"--config is {value!r}: it must hold settings, such as 'data:' and 'model:'")
+    require(
+        isinstance(content, dict),
+        f"--config is {value!r}: it must hold settings, such as 'data:' and 'model:'",
+    )
     return str(path)
 
 
@@ -77,7 +80,7 @@ def _expected(key: str, text: str) -> str:
 def _unknown(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    best = (same_leaf or near or [None])[0]
+    best = next(iter(same_leaf or near), None)
     return f"{key} is not a setting; " + (f"did you mean {best}?" if best else "see qsm-fit --help")
 
 
@@ -87,7 +90,7 @@ class ParserErrors:
     _actions: list[Any]
     exit_on_error: bool
 
-    def error(self, message: str, ex: Exception | None = None) -> None:
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the message as one sentence; a parser inside another's leaves that to it."""
         if not self.exit_on_error:
             super().error(message, ex)  # type: ignore[misc]

@@ -16,6 +16,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from qsm_lightning import losses
+from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import require, require_positive
 from qsm_lightning.losses import QSM, OffPolicyLoss
 
@@ -71,13 +72,16 @@ class OffPolicyModule(LightningModule):
                 optimizer.zero_grad()
                 self.manual_backward(loss)
                 optimizer.step()
-                self.metrics |= {f"loss/{term}": loss.detach(), **{f"update/{k}": v for k, v in metrics.items()}}
+                self.metrics |= {
+                    f"loss/{term}": loss.detach(),
+                    **{f"update/{k}": v for k, v in metrics.items()},
+                }
             self.loss.update_targets()
             self.lr_schedulers().step()  # type: ignore[union-attr]
 
     def validation_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
         """Log the evaluated episodes of each selector; ``eval/return`` is the first one's."""
-        frames = self.trainer.datamodule.progress.frames  # type: ignore[attr-defined]
+        frames = datamodule_of(self.trainer).progress.frames
         self.log("step", torch.tensor(frames, dtype=torch.float64))  # x-axis; float32 is exact to 2^24 only
         for i, (selector, episodes) in enumerate(batch.items()):
             prefix = "eval" if i == 0 else f"eval_{selector}"
@@ -113,8 +117,9 @@ def loss_spec(loss: LossFactory | dict[str, Any]) -> dict[str, Any]:
     """A loss factory (a class, or ``functools.partial`` of one) as the plain data that a checkpoint keeps."""
     if isinstance(loss, dict):
         return loss
-    cls, settings = (loss.func, loss.keywords) if isinstance(loss, partial) else (loss, {})
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(settings)}  # type: ignore[union-attr]
+    cls: Any = loss.func if isinstance(loss, partial) else loss
+    settings = loss.keywords if isinstance(loss, partial) else {}
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(settings)}
 
 
 def loss_from_spec(spec: LossFactory | dict[str, Any]) -> LossFactory:
@@ -122,9 +127,9 @@ def loss_from_spec(spec: LossFactory | dict[str, Any]) -> LossFactory:
     if not isinstance(spec, dict):
         return spec
     name = spec["class_path"].rpartition(".")[2]
-    cls = getattr(losses, name, None)
+    cls: Any = getattr(losses, name, None)
     require(
         isinstance(cls, type) and issubclass(cls, OffPolicyLoss) and spec["class_path"].startswith(losses.__name__),
         f"the checkpoint's model.loss is {spec['class_path']!r}: only losses of {losses.__name__} are loaded",
     )
-    return partial(cls, **spec["init_args"])  # type: ignore[arg-type]
+    return partial(cls, **spec["init_args"])

@@ -44,7 +44,9 @@ class Policy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         observation = tensordict["observation"]
         weight = next(self.parameters())
-        action = self.act(observation.flatten(0, -2).to(weight) if observation.ndim > 1 else observation[None].to(weight))
+        action = self.act(
+            observation.flatten(0, -2).to(weight) if observation.ndim > 1 else observation[None].to(weight)
+        )
         return tensordict.set("action", action.view(*observation.shape[:-1], -1).to(observation))
 
 
@@ -71,7 +73,12 @@ class BestOfNPolicy(Policy):
     """
 
     def __init__(
-        self, denoiser: Denoiser, schedule: NoiseSchedule, critics: nn.Module, n: int, temperature: float = 1.0
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        critics: nn.Module,
+        n: int,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(denoiser, schedule, temperature)
         self.critics = critics

@@ -41,7 +41,10 @@ def make_replay_buffer(
 def buffer_state(buffer: TensorDictReplayBuffer) -> dict[str, Any]:
     """Stored frames and cursor, as plain tensors and integers."""
     frames = buffer[:].select(*FRAME_KEYS).clone() if len(buffer) else TensorDict()
-    return {"frames": dict(frames.flatten_keys(".").items()), "cursor": buffer.write_count % buffer.storage.max_size}
+    return {
+        "frames": dict(frames.flatten_keys(".").items()),
+        "cursor": buffer.write_count % buffer.storage.max_size,
+    }
 
 
 def load_buffer_state(buffer: TensorDictReplayBuffer, state: dict[str, Any]) -> None:

@@ -46,10 +46,16 @@ def reverse_process(
 
 
 def sample_action(
-    denoiser: Denoiser, schedule: NoiseSchedule, observation: Tensor, temperature: float = 1.0, clip: bool = True
+    denoiser: Denoiser,
+    schedule: NoiseSchedule,
+    observation: Tensor,
+    temperature: float = 1.0,
+    clip: bool = True,
 ) -> Tensor:
     """Draw an action [B, A] for each observation [B, O], with noise from torch's global generator."""
     noise = torch.randn(
-        (schedule.T + 1, len(observation), denoiser.action_dim), dtype=observation.dtype, device=observation.device
+        (schedule.T + 1, len(observation), denoiser.action_dim),
+        dtype=observation.dtype,
+        device=observation.device,
     )
     return reverse_process(denoiser, schedule, observation, noise[-1], noise[:-1], temperature, clip)[-1]

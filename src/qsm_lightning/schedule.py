@@ -7,6 +7,7 @@ The forward process is :math:`a_t = \sqrt{\bar\alpha_t}\, a + \sqrt{1 - \bar\alp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -35,7 +36,7 @@ def linear_betas(T: int, beta_first: float = 1e-4, beta_last: float = 2e-2) -> T
     return torch.linspace(beta_first, beta_last, T, dtype=torch.float64)
 
 
-BETAS = {"vp": vp_betas, "cosine": cosine_betas, "linear": linear_betas}
+BETAS: dict[str, Callable[[int], Tensor]] = {"vp": vp_betas, "cosine": cosine_betas, "linear": linear_betas}
 
 
 class NoiseSchedule(nn.Module):

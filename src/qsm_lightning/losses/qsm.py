@@ -98,7 +98,7 @@ class QSMLoss(OffPolicyLoss):
 
     @torch.no_grad()
     def td_target(self, reward: Tensor, terminated: Tensor, next_observation: Tensor, next_action: Tensor) -> Tensor:
-        """y = r + gamma (1 - terminated) min_i Qbar_i(s', a'), [B]. A truncated step bootstraps, a terminated one not."""
+        """y = r + gamma (1 - terminated) min_i Qbar_i(s', a'), [B]: a truncated step bootstraps, a terminated not."""
         next_value = self.target_critics(next_observation, next_action).min(0).values  # [B]
         return reward + self.gamma * torch.where(terminated, 0.0, next_value)
 
@@ -204,7 +204,10 @@ class QSM(QSMLoss):
         action_noise: float = 0.1,
     ) -> None:
         require(len(hidden) > 0, "hidden is empty: give at least one layer width, such as [256, 256]")
-        require(all(width > 0 for width in hidden), f"hidden is {list(hidden)}: every width must be greater than 0")
+        require(
+            all(width > 0 for width in hidden),
+            f"hidden is {list(hidden)}: every width must be greater than 0",
+        )
         require(time_dim > 0 and time_dim % 2 == 0, f"time_dim is {time_dim}: it must be even and greater than 0")
         super().__init__(
             Denoiser(observation_dim, action_dim, hidden, time_dim),

@@ -1,0 +1,94 @@
+"""Small environments with known behaviour, made by name: ``tests.fake_envs:Clock-v0``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+BOX = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+
+class Bandit(gym.Env):
+    """One step an episode; reward a^2, so that -1 and 1 are equally good."""
+
+    observation_space = gym.spaces.Box(0, 0, (1,), np.float32)
+    action_space = BOX
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        return np.zeros(1, np.float32), float(action[0] ** 2), True, False, {}
+
+
+class Clock(gym.Env):
+    """Counts its steps in the observation [step, episode]; odd episodes terminate and even ones truncate at step 5."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    action_space = gym.spaces.Box(-2, 6, (1,), np.float32)
+
+    def __init__(self) -> None:
+        self.episode = 0
+
+    def _observation(self) -> np.ndarray:
+        return np.array([self.steps, self.episode], np.float64)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.steps = 0
+        self.episode += 1
+        return self._observation(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        end, odd = self.steps == 5, self.episode % 2 == 1
+        return self._observation(), float(action[0]), end and odd, end and not odd, {}
+
+
+class Faulty(Bandit):
+    """Returns NaN as ``what`` from its 50th step on."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.count = 0
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observation, reward, *rest = super().step(action)
+        self.count += 1
+        if self.count >= 50:
+            observation = observation + np.nan if self.what == "observation" else observation
+            reward = float("inf") if self.what == "reward" else reward
+        return observation, reward, *rest  # type: ignore[return-value]
+
+
+class Parts(Bandit):
+    """A dictionary observation with parts named out of order."""
+
+    observation_space = gym.spaces.Dict(  # type: ignore[assignment]
+        {"b": gym.spaces.Box(-9, 9, (2, 2), np.float64), "a": gym.spaces.Box(-9, 9, (1,), np.float64)}
+    )
+
+    def _parts(self) -> dict[str, np.ndarray]:
+        return {"b": np.arange(1.0, 5.0).reshape(2, 2), "a": np.zeros(1)}
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        super().reset(**kwargs)
+        return self._parts(), {}
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self._parts(), 0.0, True, False, {}
+
+
+class Unbounded(Bandit):
+    """Actions without bounds."""
+
+    action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+
+for name, entry in {"Bandit": Bandit, "Clock": Clock, "Parts": Parts, "Unbounded": Unbounded}.items():
+    gym.register(f"{name}-v0", entry_point=entry)
+gym.register("FaultyObservation-v0", entry_point=Faulty, kwargs={"what": "observation"})
+gym.register("FaultyReward-v0", entry_point=Faulty, kwargs={"what": "reward"})

@@ -1,0 +1,232 @@
+"""The QSM loss where it is known in closed form, and the properties that make it QSM."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import pytest
+import torch
+from tests.helpers import replay_batch
+from torch import Tensor, nn
+
+from qsm_lightning.errors import SettingError
+from qsm_lightning.losses import QSM, OffPolicyLoss, QSMLoss
+from qsm_lightning.losses.base import polyak_update
+from qsm_lightning.schedule import NoiseSchedule
+
+B, O, A = 32, 3, 2
+SMALL = {"hidden": (16, 16), "time_dim": 8}
+
+
+class Quadratic(nn.Module):
+    """Critics Q_i = -|a - best_i|^2 / 2 + offset_i, with grad_a Q_i = best_i - a."""
+
+    def __init__(self, best: list[float], offset: list[float]) -> None:
+        super().__init__()
+        self.best = nn.Parameter(torch.tensor(best)[:, None, None])
+        self.offset = nn.Parameter(torch.tensor(offset)[:, None])
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        return -(action - self.best).square().sum(-1) / 2 + self.offset
+
+
+class Linear(nn.Module):
+    """A denoiser eps = w a_t with one weight."""
+
+    action_dim = A
+
+    def __init__(self, w: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(w))
+
+    def forward(self, observation: Tensor, action: Tensor, t: Tensor) -> Tensor:
+        return self.w * action
+
+
+def quadratic_loss(**settings: object) -> QSMLoss:
+    critics = Quadratic([0.5, -0.2], [0.0, 3.0])
+    return QSMLoss(Linear(0.4), critics, NoiseSchedule("vp", 5), m_q=7.0, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("score_at", ["noisy", "clean"])
+@pytest.mark.parametrize("q_grad", ["mean", "min_q"])
+def test_score_matching_with_quadratic_critics_in_closed_form(
+    score_at: Literal["noisy", "clean"], q_grad: Literal["mean", "min_q"]
+) -> None:
+    torch.manual_seed(0)
+    loss = quadratic_loss(score_at=score_at, q_grad=q_grad)
+    action, noise, t = torch.rand(B, A) * 2 - 1, torch.randn(B, A), torch.randint(5, (B,))
+    abar = torch.exp(torch.cumsum(torch.log(loss.schedule.alphas), 0))[t, None]
+    noisy = abar.sqrt() * action + (1 - abar).sqrt() * noise
+    at = noisy if score_at == "noisy" else action
+    # the first critic is smaller everywhere in reach: -|a - .5|^2/2 < 3 - |a + .2|^2/2
+    best = 0.15 if q_grad == "mean" else 0.5
+    expected_g = best - at
+    residual = 0.4 * noisy + 7.0 * expected_g
+    value, eps, g = loss.score_matching(torch.zeros(B, O), action, t, noise)
+    torch.testing.assert_close(g, expected_g)
+    torch.testing.assert_close(eps, 0.4 * noisy)
+    torch.testing.assert_close(value, residual.square().mean())
+    value.backward()
+    torch.testing.assert_close(loss.denoiser.w.grad, (2 * residual * noisy).mean())
+
+
+def test_critic_loss_and_gradient_in_closed_form() -> None:
+    torch.manual_seed(0)
+    loss = quadratic_loss(gamma=0.9)
+    batch = replay_batch(B)
+    reward, terminated = batch["next", "reward"][:, 0], batch["next", "terminated"][:, 0]
+    with torch.random.fork_rng():
+        next_action = loss.next_action(batch["next", "observation"])
+    # targets are copies: min of the two quadratics, at the same noise
+    values = torch.stack([-(next_action - 0.5).square().sum(-1) / 2, -(next_action + 0.2).square().sum(-1) / 2 + 3])
+    y = torch.where(terminated, reward, reward + 0.9 * values.min(0).values)
+    q = torch.stack([-(batch["action"] - 0.5).square().sum(-1) / 2, -(batch["action"] + 0.2).square().sum(-1) / 2 + 3])
+    value, metrics = loss.qvalue_loss(batch)
+    torch.testing.assert_close(value, (q[0] - y).square().mean() + (q[1] - y).square().mean())
+    torch.testing.assert_close(metrics["q_mean"], q.mean())
+    value.backward()
+    torch.testing.assert_close(loss.critics.offset.grad[:, 0], 2 * (q - y).mean(1))  # type: ignore[union-attr, index]
+
+
+def test_gradient_step_moves_actions_uphill() -> None:
+    """The sign of the target: with eps = -M_q grad Q, a denoising step raises Q from anywhere."""
+    loss = quadratic_loss(q_grad="min_q")
+    observation, action = torch.zeros(9, O), torch.linspace(-1, 1, 9)[:, None].expand(9, A)
+    g = loss.q_gradient(observation, action)
+    eps = -0.1 * g  # what the regression is fitted to, with a small M_q
+    stepped = action - loss.schedule.eps_coefs[0] * eps
+    q = loss.critics(observation, torch.stack([action, stepped]).flatten(0, 1)[: 2 * 9].view(2, 9, A)[1])[0]
+    q_before = loss.critics(observation, action)[0]
+    assert (q >= q_before).all()
+    assert (q > q_before)[(action - 0.5).abs().amax(-1) > 1e-6].all()
+    value, _, _ = loss.score_matching(observation, action, torch.zeros(9, dtype=torch.long), torch.zeros(9, A))
+    at_optimum = copy.deepcopy(loss)
+    at_optimum.denoiser.forward = lambda o, a, t: -7.0 * (0.5 - a)  # type: ignore[method-assign]
+    optimum, _, _ = at_optimum.score_matching(observation, action, torch.zeros(9, dtype=torch.long), torch.zeros(9, A))
+    assert optimum.item() < 1e-10 < value.item()
+
+
+def test_truncation_bootstraps_and_termination_does_not() -> None:
+    loss = QSM(O, A, **SMALL)  # type: ignore[arg-type]
+    next_observation, next_action = torch.randn(2, O), torch.rand(2, A)
+    y = loss.td_target(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), next_observation, next_action)
+    assert y[0] == 1.0
+    expected = 1 + 0.99 * loss.target_critics(next_observation, next_action).min(0).values[1]
+    torch.testing.assert_close(y[1], expected)
+    # `done` plays no part: a batch whose frames are all truncated has the same loss as one whose frames go on
+    batch = replay_batch()
+    batch["next", "terminated"][:] = False
+    losses = []
+    for done in (True, False):
+        batch["next", "done"][:] = done
+        torch.manual_seed(1)
+        losses.append(loss(batch)["loss_qvalue"])
+    assert torch.equal(*losses)
+
+
+def test_a_nan_after_termination_does_not_reach_the_target() -> None:
+    loss = QSM(O, A, **SMALL)  # type: ignore[arg-type]
+    y = loss.td_target(torch.zeros(1), torch.tensor([True]), torch.full((1, O), torch.nan), torch.zeros(1, A))
+    assert y.item() == 0
+
+
+@pytest.mark.parametrize(("term", "trained", "untouched"), [("qvalue", "critics", "denoiser"), ("actor", "denoiser", "critics")])
+def test_gradients_are_isolated(term: str, trained: str, untouched: str) -> None:
+    loss = QSM(O, A, **SMALL)  # type: ignore[arg-type]
+    value, metrics = loss.term_loss(term, replay_batch())
+    value.backward()
+    assert all(p.grad is not None and p.grad.any() for p in getattr(loss, trained).parameters())
+    assert all(p.grad is None for p in getattr(loss, untouched).parameters())
+    assert all(p.grad is None for p in loss.target_critics.parameters())
+    assert not any(value.requires_grad for value in metrics.values())
+    assert [*loss.term_modules(term)] == [getattr(loss, trained)]
+
+
+def test_inputs_and_parameters_are_not_mutated() -> None:
+    loss, batch = QSM(O, A, **SMALL), replay_batch()  # type: ignore[arg-type]
+    before, weights = batch.clone(), {k: v.clone() for k, v in loss.state_dict().items()}
+    loss(batch)
+    assert (batch == before).all()
+    assert set(batch.keys(True)) == set(before.keys(True))
+    assert all(torch.equal(v, weights[k]) for k, v in loss.state_dict().items())
+
+
+def test_time_indices_cover_the_schedule_uniformly(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, seen = QSM(O, A, T=4, **SMALL), []  # type: ignore[arg-type, var-annotated]
+    original = QSMLoss.score_matching
+
+    def spy(self: QSMLoss, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(t)
+        return original(self, observation, action, t, noise)
+
+    monkeypatch.setattr(QSMLoss, "score_matching", spy)
+    torch.manual_seed(0)
+    loss.actor_loss(replay_batch(4000))
+    counts = torch.cat(seen).bincount(minlength=4)
+    assert counts.sum() == 4000
+    assert (counts - 1000).abs().max() < 150
+
+
+def test_targets_follow_by_polyak() -> None:
+    loss = QSM(O, A, tau=0.25, **SMALL)  # type: ignore[arg-type]
+    for p in loss.critics.parameters():
+        p.data += 1
+    expected = [0.75 * t + 0.25 * p for t, p in zip(loss.target_critics.parameters(), loss.critics.parameters(), strict=True)]
+    loss.update_targets()
+    for target, value in zip(loss.target_critics.parameters(), expected, strict=True):
+        torch.testing.assert_close(target.data, value.data)
+        assert not target.requires_grad
+    polyak_update(loss.critics, loss.target_critics, 1.0)
+    assert all(map(torch.equal, loss.critics.parameters(), loss.target_critics.parameters()))
+
+
+def test_it_is_a_torchrl_loss_module() -> None:
+    loss = QSM(O, A, **SMALL)  # type: ignore[arg-type]
+    batch = replay_batch()
+    out = loss(batch)
+    assert set(loss.out_keys) <= set(out.keys())
+    assert out.batch_size == torch.Size([])
+    renamed = batch.clone().rename_key_("action", "a")
+    loss.set_keys(action="a")
+    assert "a" in loss.in_keys
+    assert loss(renamed)["loss_qvalue"].isfinite()
+    assert isinstance(loss, OffPolicyLoss)
+
+
+def test_the_noise_of_the_target_does_not_depend_on_torchrls_exploration_type() -> None:
+    """TorchRL runs losses under DETERMINISTIC; the reverse process and the 0.1 noise must stay random."""
+    loss, observation = QSM(O, A, **SMALL), torch.zeros(500, O)  # type: ignore[arg-type]
+    with torch.no_grad():
+        loss.denoiser.trunk.layers[-1].weight.zero_()  # type: ignore[union-attr, operator]
+        loss.temperature = 0.0
+        torch.manual_seed(0)
+        inside = loss.next_action(observation)
+    assert inside.std() > 0.1
+    before = torch.get_rng_state()
+    loss.qvalue_loss(replay_batch())
+    assert not torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"T": 0},
+        {"hidden": ()},
+        {"hidden": (16, 0)},
+        {"time_dim": 7},
+        {"gamma": 1.5},
+        {"tau": 0},
+        {"m_q": 0},
+        {"score_at": "dirty"},
+        {"q_grad": "max"},
+        {"temperature": -1},
+        {"action_noise": -1},
+        {"schedule": "sine"},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused_by_name(setting: dict[str, object]) -> None:
+    with pytest.raises(SettingError, match=next(iter(setting))):
+        QSM(O, A, **setting)  # type: ignore[arg-type]
