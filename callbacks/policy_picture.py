@@ -27,7 +27,7 @@ class PolicyPicture(Callback):
 
     One-dimensional actions: Q over the action, arrows along grad_a Q, and the samples' histogram. More dimensions: a
     column per pair of neighbouring components, Q as colours, grad_a Q as arrows, samples as points; the components
-    not shown stay at the samples' mean.
+    not shown stay at the samples' mean. A loss without ``critics`` and ``q_gradient`` gets no picture.
 
     Args:
         every_evaluations: evaluations between two pictures; 0 for none.
@@ -53,13 +53,15 @@ class PolicyPicture(Callback):
         self._count += 1
         if not self.every_evaluations or self._count % self.every_evaluations or not trainer.is_global_zero:
             return
+        loss = cast(OffPolicyLoss, pl_module.loss)
+        if not hasattr(loss, "q_gradient"):
+            return
         data = datamodule_of(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 if self._observations is None:
                     rows = torch.linspace(0, len(data.buffer) - 1, self.states).long()
                     self._observations = data.buffer[rows]["observation"].clone()
-                loss = cast(OffPolicyLoss, pl_module.loss)
                 figure = draw_policy(loss, self._observations, self.samples)
                 logger.experiment.add_figure("policy", figure, data.progress.frames)
 

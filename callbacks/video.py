@@ -52,7 +52,7 @@ class EvaluationVideo(Callback):
             return
         data = datamodule_of(trainer)
         policy = pl_module.loss.evaluation_policy()  # type: ignore[union-attr, operator]
-        frames, _ = record_episode(data.env_name, policy, self.seed, self.max_frames, every=4)
+        frames, _ = record_episode(data.env_name, policy, self.seed, self.seed, self.max_frames, every=4)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("episode", picture_strip(frames), data.progress.frames, dataformats="HWC")

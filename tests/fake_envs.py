@@ -88,7 +88,7 @@ class Unbounded(Bandit):
     action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
-for name, entry in {"Bandit": Bandit, "Clock": Clock, "Parts": Parts, "Unbounded": Unbounded}.items():
-    gym.register(f"{name}-v0", entry_point=entry)
-gym.register("FaultyObservation-v0", entry_point=Faulty, kwargs={"what": "observation"})
-gym.register("FaultyReward-v0", entry_point=Faulty, kwargs={"what": "reward"})
+for name in ("Bandit", "Clock", "Parts", "Unbounded"):
+    gym.register(f"{name}-v0", entry_point=f"{__name__}:{name}")
+for what in ("observation", "reward"):
+    gym.register(f"Faulty{what.title()}-v0", entry_point=f"{__name__}:Faulty", kwargs={"what": what})

@@ -7,15 +7,15 @@ from typing import Literal
 
 import pytest
 import torch
-from tests.helpers import replay_batch
 from torch import Tensor, nn
 
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM, OffPolicyLoss, QSMLoss
 from qsm_lightning.losses.base import polyak_update
 from qsm_lightning.schedule import NoiseSchedule
+from tests.helpers import replay_batch
 
-B, O, A = 32, 3, 2
+B, OBS, A = 32, 3, 2
 SMALL = {"hidden": (16, 16), "time_dim": 8}
 
 
@@ -64,7 +64,7 @@ def test_score_matching_with_quadratic_critics_in_closed_form(
     best = 0.15 if q_grad == "mean" else 0.5
     expected_g = best - at
     residual = 0.4 * noisy + 7.0 * expected_g
-    value, eps, g = loss.score_matching(torch.zeros(B, O), action, t, noise)
+    value, eps, g = loss.score_matching(torch.zeros(B, OBS), action, t, noise)
     torch.testing.assert_close(g, expected_g)
     torch.testing.assert_close(eps, 0.4 * noisy)
     torch.testing.assert_close(value, residual.square().mean())
@@ -93,7 +93,7 @@ def test_critic_loss_and_gradient_in_closed_form() -> None:
 def test_gradient_step_moves_actions_uphill() -> None:
     """The sign of the target: with eps = -M_q grad Q, a denoising step raises Q from anywhere."""
     loss = quadratic_loss(q_grad="min_q")
-    observation, action = torch.zeros(9, O), torch.linspace(-1, 1, 9)[:, None].expand(9, A)
+    observation, action = torch.zeros(9, OBS), torch.linspace(-1, 1, 9)[:, None].expand(9, A)
     g = loss.q_gradient(observation, action)
     eps = -0.1 * g  # what the regression is fitted to, with a small M_q
     stepped = action - loss.schedule.eps_coefs[0] * eps
@@ -103,14 +103,14 @@ def test_gradient_step_moves_actions_uphill() -> None:
     assert (q > q_before)[(action - 0.5).abs().amax(-1) > 1e-6].all()
     value, _, _ = loss.score_matching(observation, action, torch.zeros(9, dtype=torch.long), torch.zeros(9, A))
     at_optimum = copy.deepcopy(loss)
-    at_optimum.denoiser.forward = lambda o, a, t: -7.0 * (0.5 - a)  # type: ignore[method-assign]
+    at_optimum.denoiser.forward = lambda o, a, t: -7.0 * (0.5 - a)  # type: ignore[method-assign, assignment]
     optimum, _, _ = at_optimum.score_matching(observation, action, torch.zeros(9, dtype=torch.long), torch.zeros(9, A))
     assert optimum.item() < 1e-10 < value.item()
 
 
 def test_truncation_bootstraps_and_termination_does_not() -> None:
-    loss = QSM(O, A, **SMALL)  # type: ignore[arg-type]
-    next_observation, next_action = torch.randn(2, O), torch.rand(2, A)
+    loss = QSM(OBS, A, **SMALL)  # type: ignore[arg-type]
+    next_observation, next_action = torch.randn(2, OBS), torch.rand(2, A)
     y = loss.td_target(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), next_observation, next_action)
     assert y[0] == 1.0
     expected = 1 + 0.99 * loss.target_critics(next_observation, next_action).min(0).values[1]
@@ -127,14 +127,16 @@ def test_truncation_bootstraps_and_termination_does_not() -> None:
 
 
 def test_a_nan_after_termination_does_not_reach_the_target() -> None:
-    loss = QSM(O, A, **SMALL)  # type: ignore[arg-type]
-    y = loss.td_target(torch.zeros(1), torch.tensor([True]), torch.full((1, O), torch.nan), torch.zeros(1, A))
+    loss = QSM(OBS, A, **SMALL)  # type: ignore[arg-type]
+    y = loss.td_target(torch.zeros(1), torch.tensor([True]), torch.full((1, OBS), torch.nan), torch.zeros(1, A))
     assert y.item() == 0
 
 
-@pytest.mark.parametrize(("term", "trained", "untouched"), [("qvalue", "critics", "denoiser"), ("actor", "denoiser", "critics")])
+@pytest.mark.parametrize(
+    ("term", "trained", "untouched"), [("qvalue", "critics", "denoiser"), ("actor", "denoiser", "critics")]
+)
 def test_gradients_are_isolated(term: str, trained: str, untouched: str) -> None:
-    loss = QSM(O, A, **SMALL)  # type: ignore[arg-type]
+    loss = QSM(OBS, A, **SMALL)  # type: ignore[arg-type]
     value, metrics = loss.term_loss(term, replay_batch())
     value.backward()
     assert all(p.grad is not None and p.grad.any() for p in getattr(loss, trained).parameters())
@@ -145,7 +147,7 @@ def test_gradients_are_isolated(term: str, trained: str, untouched: str) -> None
 
 
 def test_inputs_and_parameters_are_not_mutated() -> None:
-    loss, batch = QSM(O, A, **SMALL), replay_batch()  # type: ignore[arg-type]
+    loss, batch = QSM(OBS, A, **SMALL), replay_batch()  # type: ignore[arg-type]
     before, weights = batch.clone(), {k: v.clone() for k, v in loss.state_dict().items()}
     loss(batch)
     assert (batch == before).all()
@@ -154,10 +156,12 @@ def test_inputs_and_parameters_are_not_mutated() -> None:
 
 
 def test_time_indices_cover_the_schedule_uniformly(monkeypatch: pytest.MonkeyPatch) -> None:
-    loss, seen = QSM(O, A, T=4, **SMALL), []  # type: ignore[arg-type, var-annotated]
+    loss, seen = QSM(OBS, A, T=4, **SMALL), []  # type: ignore[arg-type]
     original = QSMLoss.score_matching
 
-    def spy(self: QSMLoss, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def spy(
+        self: QSMLoss, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         seen.append(t)
         return original(self, observation, action, t, noise)
 
@@ -170,10 +174,12 @@ def test_time_indices_cover_the_schedule_uniformly(monkeypatch: pytest.MonkeyPat
 
 
 def test_targets_follow_by_polyak() -> None:
-    loss = QSM(O, A, tau=0.25, **SMALL)  # type: ignore[arg-type]
+    loss = QSM(OBS, A, tau=0.25, **SMALL)  # type: ignore[arg-type]
     for p in loss.critics.parameters():
         p.data += 1
-    expected = [0.75 * t + 0.25 * p for t, p in zip(loss.target_critics.parameters(), loss.critics.parameters(), strict=True)]
+    expected = [
+        0.75 * t + 0.25 * p for t, p in zip(loss.target_critics.parameters(), loss.critics.parameters(), strict=True)
+    ]
     loss.update_targets()
     for target, value in zip(loss.target_critics.parameters(), expected, strict=True):
         torch.testing.assert_close(target.data, value.data)
@@ -183,7 +189,7 @@ def test_targets_follow_by_polyak() -> None:
 
 
 def test_it_is_a_torchrl_loss_module() -> None:
-    loss = QSM(O, A, **SMALL)  # type: ignore[arg-type]
+    loss = QSM(OBS, A, **SMALL)  # type: ignore[arg-type]
     batch = replay_batch()
     out = loss(batch)
     assert set(loss.out_keys) <= set(out.keys())
@@ -197,7 +203,7 @@ def test_it_is_a_torchrl_loss_module() -> None:
 
 def test_the_noise_of_the_target_does_not_depend_on_torchrls_exploration_type() -> None:
     """TorchRL runs losses under DETERMINISTIC; the reverse process and the 0.1 noise must stay random."""
-    loss, observation = QSM(O, A, **SMALL), torch.zeros(500, O)  # type: ignore[arg-type]
+    loss, observation = QSM(OBS, A, **SMALL), torch.zeros(500, OBS)  # type: ignore[arg-type]
     with torch.no_grad():
         loss.denoiser.trunk.layers[-1].weight.zero_()  # type: ignore[union-attr, operator]
         loss.temperature = 0.0
@@ -229,4 +235,4 @@ def test_the_noise_of_the_target_does_not_depend_on_torchrls_exploration_type() 
 )
 def test_values_out_of_range_are_refused_by_name(setting: dict[str, object]) -> None:
     with pytest.raises(SettingError, match=next(iter(setting))):
-        QSM(O, A, **setting)  # type: ignore[arg-type]
+        QSM(OBS, A, **setting)  # type: ignore[arg-type]

@@ -29,9 +29,9 @@ def test_action_noise_is_scaled_and_clipped() -> None:
 def test_exploration_adds_noise_to_the_same_action() -> None:
     loss, observation = small(), torch.randn(20_000, 3)
     torch.manual_seed(1)
-    plain = Policy(loss.denoiser, loss.schedule).act(observation)
+    plain = Policy(loss.sampler).act(observation)
     torch.manual_seed(1)
-    explored = ExplorationPolicy(loss.denoiser, loss.schedule, noise_std=0.1).act(observation)
+    explored = ExplorationPolicy(loss.sampler, 0.1).act(observation)
     inside = (plain.abs() < 0.5).all(1)
     difference = (explored - plain)[inside]
     assert abs(difference.std().item() - 0.1) < 0.005
@@ -55,9 +55,9 @@ def test_best_of_n_takes_the_candidate_the_smaller_critic_prefers() -> None:
 
     loss, observation = small(), torch.randn(50, 3)
     torch.manual_seed(3)
-    chosen = BestOfNPolicy(loss.denoiser, loss.schedule, Peak(), 64).act(observation)
+    chosen = BestOfNPolicy(loss.sampler, Peak(), 64).act(observation)
     torch.manual_seed(3)
-    candidates = Policy(loss.denoiser, loss.schedule).act(observation.repeat_interleave(64, 0)).view(50, 64, 2)
+    candidates = Policy(loss.sampler).act(observation.repeat_interleave(64, 0)).view(50, 64, 2)
     values = torch.minimum(-(candidates[..., 0] - 0.5).abs(), 10 * candidates[..., 1])
     expected = torch.stack([row[value.argmax()] for row, value in zip(candidates, values, strict=True)])
     torch.testing.assert_close(chosen, expected)
@@ -66,7 +66,7 @@ def test_best_of_n_takes_the_candidate_the_smaller_critic_prefers() -> None:
 def test_policies_share_the_losss_parameters() -> None:
     loss = small()
     for policy in (loss.exploration_policy(), loss.evaluation_policy(), loss.evaluation_policy("best_of_n", 4)):
-        assert policy.denoiser is loss.denoiser
+        assert policy.sampler.denoiser is loss.denoiser
 
 
 def test_a_bandit_with_two_best_actions_keeps_both(tmp_path: Path) -> None:

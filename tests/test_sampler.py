@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qsm_lightning.networks import Denoiser
-from qsm_lightning.sampler import reverse_process, sample_action
+from qsm_lightning.sampler import Sampler, reverse_process
 from qsm_lightning.schedule import BETAS, NoiseSchedule
 
 N = 200_000
@@ -47,7 +47,8 @@ def test_gaussian_score_gives_known_mean_and_variance(name: str, temperature: fl
         gain = (1 - coefficient * slope) / alpha**0.5
         mean = gain * mean + coefficient * slope * centre / alpha**0.5
         variance = gain**2 * variance + (beta * temperature**2 if t > 0 else 0)
-    samples = sample_action(denoiser, schedule, torch.zeros(N, 1), temperature, clip=False)  # type: ignore[arg-type]
+    x_T, z = torch.randn(N, 1), torch.randn(schedule.T, N, 1)
+    samples = reverse_process(denoiser, schedule, x_T, x_T, z, temperature, clip=False)[-1]  # type: ignore[arg-type]
     assert samples.mean().item() == pytest.approx(mean, abs=5 * (variance / N) ** 0.5 + 1e-5)
     assert samples.var().item() == pytest.approx(variance, rel=0.02)
 
@@ -55,7 +56,9 @@ def test_gaussian_score_gives_known_mean_and_variance(name: str, temperature: fl
 def test_many_steps_recover_the_gaussian() -> None:
     torch.manual_seed(0)
     schedule = NoiseSchedule("vp", 200)
-    samples = sample_action(GaussianNoise(schedule), schedule, torch.zeros(20_000, 1), clip=False)  # type: ignore[arg-type]
+    noise = torch.randn(201, 20_000, 1)
+    denoiser = GaussianNoise(schedule)
+    samples = reverse_process(denoiser, schedule, noise[0], noise[0], noise[1:], clip=False)[-1]  # type: ignore[arg-type]
     assert samples.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert samples.var().item() == pytest.approx(VARIANCE, rel=0.1)
 
@@ -71,3 +74,12 @@ def test_every_step_is_clipped_and_the_last_adds_no_noise() -> None:
     z[0] += 100
     torch.testing.assert_close(reverse_process(denoiser, schedule, observation, x_T, z)[-1], trajectory[-1])
     assert x_T.abs().max() > 1, "the starting noise was changed in place"
+
+
+def test_without_step_clipping_only_the_end_is_clipped() -> None:
+    torch.manual_seed(0)
+    schedule, denoiser = NoiseSchedule("vp", 5), Denoiser(3, 2, (8,))
+    observation, x_T, z = torch.randn(64, 3), torch.randn(64, 2), torch.randn(5, 64, 2)
+    trajectory = reverse_process(denoiser, schedule, observation, x_T, z, clip=False)
+    assert max(a.abs().max() for a in trajectory) > 1
+    assert Sampler(denoiser, schedule, clip=False)(observation).abs().max() <= 1

@@ -38,7 +38,7 @@ def make_collector(
 
 @dataclass
 class Progress:
-    """The clock of a run: environment frames over all ranks, gradient updates, finished episodes."""
+    """The clock of a run: environment frames over all ranks, gradient updates, this rank's finished episodes."""
 
     frames: int = 0
     updates: int = 0
@@ -47,7 +47,7 @@ class Progress:
     def updates_owed(self, utd: float, init_random_frames: int) -> int:
         """Updates still to do so that their number is floor(utd * (frames - warm-up)) in all, exactly."""
         learning_frames = max(0, self.frames - init_random_frames)
-        return math.floor(Fraction(str(utd)) * learning_frames) - self.updates
+        return max(0, math.floor(Fraction(str(utd)) * learning_frames) - self.updates)
 
 
 @dataclass

@@ -143,22 +143,27 @@ class OffPolicyDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Seed and build collector and buffer, once."""
         assert self.trainer is not None
-        if stage != "fit" or self._chunks is not None:
-            return
+        if stage == "fit" and self._chunks is None:
+            self._start()
+
+    def _start(self) -> None:
+        """Seed for the present frame, build the collector and an empty buffer."""
+        assert self.trainer is not None
         seed, rank, self._ranks = global_seed(), self.trainer.global_rank, self.trainer.world_size
-        self.env.set_seed(derive_seed(seed, rank, Purpose.TRAIN_ENV))
-        torch.manual_seed(derive_seed(seed, rank, Purpose.NOISE))
+        frames = self.progress.frames
+        self.env.set_seed(derive_seed(seed, rank, Purpose.TRAIN_ENV, frames))
+        torch.manual_seed(derive_seed(seed, rank, Purpose.NOISE, frames))
         self.collector = make_collector(
             self.env,
             self._loss.exploration_policy(),
             self.frames_per_batch,
-            math.ceil(self.init_random_frames / self._ranks),
+            math.ceil(max(0, self.init_random_frames - frames) / self._ranks),
         )
         self.buffer = make_replay_buffer(
             math.ceil(self.buffer_size / self._ranks),
             self.storage,
             self.storage_dir,
-            derive_seed(seed, rank, Purpose.SAMPLER),
+            derive_seed(seed, rank, Purpose.SAMPLER, frames),
         )
         self._chunks = iter(self.collector)
 
@@ -185,7 +190,8 @@ class OffPolicyDataModule(LightningDataModule):
         """Collect a chunk, store it, and sample the updates it is worth: [u, batch_size], u = 0 in the warm-up."""
         assert self._chunks is not None
         assert self.trainer is not None
-        chunk = next(self._chunks).reshape(-1)
+        chunk = next(self._chunks)
+        chunk = (chunk.transpose(0, 1) if chunk.ndim == 2 else chunk).reshape(-1)  # in the order of time
         check_finite(chunk, self.progress.frames)
         self.progress.frames += chunk.numel() * self._ranks
         self.progress.episodes += self.recent.add(chunk)
@@ -230,7 +236,7 @@ class OffPolicyDataModule(LightningDataModule):
         if self._chunks is None:
             return
         self.progress = Progress(**state_dict["progress"])
-        self.collector._frames = self.progress.frames // self._ranks  # the warm-up is not repeated
+        self._start()  # with new noise and new episodes, and no second warm-up
         load_buffer_state(self.buffer, state_dict["buffer"])
 
     def teardown(self, stage: str) -> None:

@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         help="one sample a step, or the best of n by Q",
     )
     parser.add_argument("--candidates", type=int, default=32, help="n of best_of_n (32)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of starts and noise (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of starts and noise, which training never used (0)")
     parser.add_argument("--video", metavar="FILE", help="also record one episode to a .mp4 or .gif")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -55,17 +55,19 @@ def run(args: list[str] | None = None) -> None:
     module = OffPolicyModule(**checkpoint["hyper_parameters"])
     module.load_state_dict(checkpoint["state_dict"])
     policy = module.loss.evaluation_policy(options.selector, options.candidates)
-    env_seed = derive_seed(options.seed, 0, Purpose.EVAL_ENV)
-    noise_seed = derive_seed(options.seed, 0, Purpose.EVAL_NOISE)
+    env_seed = derive_seed(options.seed, 0, Purpose.REPORT_ENV)
+    noise_seed = derive_seed(options.seed, 0, Purpose.REPORT_NOISE)
+    env = make_env(name, options.episodes)
     result = {
         "checkpoint": str(path),
         "env": name,
         "frames": Progress(**checkpoint[OffPolicyDataModule.__qualname__]["progress"]).frames,
         "selector": options.selector,
-        **summary(run_episodes(make_env(name, options.episodes), policy, env_seed, noise_seed)),
+        **summary(run_episodes(env, policy, env_seed, noise_seed)),
     }
+    env.close()
     if options.video:
-        frames, result["video_return"] = record_episode(name, policy, env_seed)
+        frames, result["video_return"] = record_episode(name, policy, env_seed, noise_seed)
         write_video(options.video, frames)
         result["video"] = options.video
     if options.json:

@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torchrl.envs import EnvBase
 
-MAX_EPISODE_FRAMES = 1_000_000  # an episode without a time limit ends here
+MAX_EPISODE_FRAMES = 100_000  # an episode without a time limit ends here
 
 
 def run_episodes(env: EnvBase, policy: TensorDictModuleBase, env_seed: int, noise_seed: int) -> dict[str, Tensor]:
@@ -32,7 +32,9 @@ def run_episodes(env: EnvBase, policy: TensorDictModuleBase, env_seed: int, nois
         env.set_seed(env_seed)
         steps = env.rollout(MAX_EPISODE_FRAMES, policy, break_when_any_done=False, break_when_all_done=True)
     steps = steps["next"].reshape(-1, steps.shape[-1])  # [E, longest]
-    first_done = steps["done"].squeeze(-1).int().argmax(1)  # [E]
+    done = steps["done"].squeeze(-1).int()  # [E, longest]
+    done[:, -1] = 1
+    first_done = done.argmax(1)  # [E]
     rows = torch.arange(len(first_done))
     return {
         "return": steps["episode_reward"].squeeze(-1)[rows, first_done].float().cpu(),

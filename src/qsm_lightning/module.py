@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
-from pytorch_lightning.core.optimizer import LightningOptimizer
 from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Adam, Optimizer
@@ -17,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from qsm_lightning import losses
 from qsm_lightning.datamodule import datamodule_of
-from qsm_lightning.errors import require, require_positive
+from qsm_lightning.errors import SettingError, require, require_positive
 from qsm_lightning.losses import QSM, OffPolicyLoss
 
 LossFactory = Callable[[int, int], OffPolicyLoss]
@@ -60,12 +59,15 @@ class OffPolicyModule(LightningModule):
         self.hparams.pop("_instantiator", None)
         if not isinstance(self.hparams["loss"], dict):  # not made by a configuration
             self.hparams["loss"] = loss_spec(loss)
-        self.loss = loss_from_spec(loss)(observation_dim, action_dim)
+        try:
+            self.loss = loss_from_spec(loss)(observation_dim, action_dim)
+        except SettingError as error:  # its message begins with the setting's name
+            raise SettingError(f"model.loss.{error}") from error
         self.metrics: dict[str, Tensor] = {}
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         """As many updates as ``batch`` [u, B] has rows; the last one's losses and metrics are kept, detached."""
-        optimizers: list[LightningOptimizer] = self.optimizers()  # type: ignore[assignment]
+        optimizers, schedulers = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         for minibatch in batch.unbind(0):
             for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
                 loss, metrics = self.loss.term_loss(term, minibatch)
@@ -77,7 +79,8 @@ class OffPolicyModule(LightningModule):
                     **{f"update/{k}": v for k, v in metrics.items()},
                 }
             self.loss.update_targets()
-            self.lr_schedulers().step()  # type: ignore[union-attr]
+            for scheduler in schedulers:
+                scheduler.step()
 
     def validation_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
         """Log the evaluated episodes of each selector; ``eval/return`` is the first one's."""
@@ -96,7 +99,7 @@ class OffPolicyModule(LightningModule):
             )
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
-        """Adam for every term of the loss, and the cosine decay of the actor's rate."""
+        """Adam for every term of the loss: ``critic_lr`` for qvalue; ``actor_lr``, with its decay, for any other."""
         decay = self.hparams["actor_lr_decay_updates"]
 
         def cosine(update: int) -> float:
@@ -110,7 +113,13 @@ class OffPolicyModule(LightningModule):
             )
             for term in self.loss.terms
         }
-        return list(optimizers.values()), [LambdaLR(optimizers["actor"], cosine)]
+        decayed: list[LRScheduler] = [LambdaLR(o, cosine) for term, o in optimizers.items() if term != "qvalue"]
+        return list(optimizers.values()), decayed
+
+
+def _as_list(one_or_more: Any) -> list[Any]:
+    """Lightning hands over a single optimizer or scheduler bare, and several in a list."""
+    return one_or_more if isinstance(one_or_more, list) else [one_or_more] if one_or_more is not None else []
 
 
 def loss_spec(loss: LossFactory | dict[str, Any]) -> dict[str, Any]:

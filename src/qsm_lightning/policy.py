@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from qsm_lightning.networks import Denoiser
-from qsm_lightning.sampler import sample_action
-from qsm_lightning.schedule import NoiseSchedule
-
-Selector = Literal["sample", "best_of_n"]
+from qsm_lightning.sampler import Sampler
 
 
 def add_action_noise(action: Tensor, noise: Tensor, std: float) -> Tensor:
@@ -22,7 +16,7 @@ def add_action_noise(action: Tensor, noise: Tensor, std: float) -> Tensor:
 
 
 class Policy(TensorDictModuleBase):
-    """Writes ``action`` [..., A] for ``observation`` [..., O]; subclasses define :meth:`act` on [N, O].
+    """Writes ``action`` [..., A] for ``observation`` [..., O]; subclasses change :meth:`act`.
 
     Observations are moved to the device of the networks and actions back, so environments may live elsewhere.
     """
@@ -30,33 +24,26 @@ class Policy(TensorDictModuleBase):
     in_keys = ["observation"]
     out_keys = ["action"]
 
-    def __init__(self, denoiser: Denoiser, schedule: NoiseSchedule, temperature: float = 1.0) -> None:
+    def __init__(self, sampler: Sampler) -> None:
         super().__init__()
-        self.denoiser = denoiser
-        self.schedule = schedule
-        self.temperature = temperature
+        self.sampler = sampler
 
     def act(self, observation: Tensor) -> Tensor:
         """Observation [N, O] -> action [N, A] in [-1, 1]: one sample of the reverse process."""
-        return sample_action(self.denoiser, self.schedule, observation, self.temperature)
+        return self.sampler(observation)
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         observation = tensordict["observation"]
-        weight = next(self.parameters())
-        action = self.act(
-            observation.flatten(0, -2).to(weight) if observation.ndim > 1 else observation[None].to(weight)
-        )
+        action = self.act(observation.reshape(-1, observation.shape[-1]).to(next(self.parameters())))
         return tensordict.set("action", action.view(*observation.shape[:-1], -1).to(observation))
 
 
 class ExplorationPolicy(Policy):
     """The diffusion policy with Gaussian noise of deviation ``noise_std`` added to its action, as when collecting."""
 
-    def __init__(
-        self, denoiser: Denoiser, schedule: NoiseSchedule, temperature: float = 1.0, noise_std: float = 0.1
-    ) -> None:
-        super().__init__(denoiser, schedule, temperature)
+    def __init__(self, sampler: Sampler, noise_std: float = 0.1) -> None:
+        super().__init__(sampler)
         self.noise_std = noise_std
 
     def act(self, observation: Tensor) -> Tensor:
@@ -72,15 +59,8 @@ class BestOfNPolicy(Policy):
         n: number of candidates.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        schedule: NoiseSchedule,
-        critics: nn.Module,
-        n: int,
-        temperature: float = 1.0,
-    ) -> None:
-        super().__init__(denoiser, schedule, temperature)
+    def __init__(self, sampler: Sampler, critics: nn.Module, n: int) -> None:
+        super().__init__(sampler)
         self.critics = critics
         self.n = n
 

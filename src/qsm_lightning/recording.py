@@ -18,7 +18,7 @@ SUFFIXES = (".mp4", ".gif")
 
 
 def record_episode(
-    name: str, policy: TensorDictModuleBase, seed: int, max_frames: int = 1_000, every: int = 1
+    name: str, policy: TensorDictModuleBase, env_seed: int, noise_seed: int, max_frames: int = 1_000, every: int = 1
 ) -> tuple[np.ndarray, float]:
     """Run one episode, rendering every ``every``-th frame; torch's global generators are left as they were.
 
@@ -31,8 +31,8 @@ def record_episode(
     env, render = make_render_env(name)
     frames, episode_return = [], 0.0
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        env.set_seed(seed)
+        torch.manual_seed(noise_seed)
+        env.set_seed(env_seed)
         state = env.reset()
         for i in range(max_frames):
             stepped = env.step(policy(state))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsm_lightning.networks import Denoiser
 from qsm_lightning.schedule import NoiseSchedule
@@ -45,17 +45,30 @@ def reverse_process(
     return trajectory
 
 
-def sample_action(
-    denoiser: Denoiser,
-    schedule: NoiseSchedule,
-    observation: Tensor,
-    temperature: float = 1.0,
-    clip: bool = True,
-) -> Tensor:
-    """Draw an action [B, A] for each observation [B, O], with noise from torch's global generator."""
-    noise = torch.randn(
-        (schedule.T + 1, len(observation), denoiser.action_dim),
-        dtype=observation.dtype,
-        device=observation.device,
-    )
-    return reverse_process(denoiser, schedule, observation, noise[-1], noise[:-1], temperature, clip)[-1]
+class Sampler(nn.Module):
+    """Draws actions in [-1, 1], with noise from torch's global generator.
+
+    Args:
+        denoiser: eps_theta(s, a_t, t).
+        schedule: the noise schedule.
+        temperature: factor on the noise injected at each step.
+        clip: whether every step is clipped to [-1, 1]; the final action always is.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, schedule: NoiseSchedule, temperature: float = 1.0, clip: bool = True
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule = schedule
+        self.temperature = temperature
+        self.clip = clip
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """Observation [B, O] -> action [B, A]."""
+        shape = (self.schedule.T + 1, len(observation), self.denoiser.action_dim)
+        noise = torch.randn(shape, dtype=observation.dtype, device=observation.device)
+        trajectory = reverse_process(
+            self.denoiser, self.schedule, observation, noise[-1], noise[:-1], self.temperature, self.clip
+        )
+        return trajectory[-1].clamp(-1, 1)

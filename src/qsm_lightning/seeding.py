@@ -17,11 +17,14 @@ class Purpose(IntEnum):
     SAMPLER = 2
     EVAL_ENV = 3
     EVAL_NOISE = 4
+    REPORT_ENV = 5
+    REPORT_NOISE = 6
 
 
-def derive_seed(seed: int, rank: int, purpose: Purpose) -> int:
-    """A 31-bit seed, independent between ranks and purposes."""
-    state = np.random.SeedSequence(entropy=seed, spawn_key=(rank, int(purpose))).generate_state(1, np.uint32)
+def derive_seed(seed: int, rank: int, purpose: Purpose, frames: int = 0) -> int:
+    """A 31-bit seed, independent between ranks, purposes and the frames at which a run was resumed."""
+    key = (rank, int(purpose), frames) if frames else (rank, int(purpose))
+    state = np.random.SeedSequence(entropy=seed, spawn_key=key).generate_state(1, np.uint32)
     return int(state[0] & 0x7FFFFFFF)
 
 

@@ -20,7 +20,7 @@ from qsm_lightning.errors import require, require_positive
 from qsm_lightning.losses.base import Metrics, OffPolicyLoss, polyak_update
 from qsm_lightning.networks import Critics, Denoiser
 from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy, add_action_noise
-from qsm_lightning.sampler import sample_action
+from qsm_lightning.sampler import Sampler
 from qsm_lightning.schedule import NoiseSchedule, ScheduleName
 
 
@@ -37,6 +37,7 @@ class QSMLoss(OffPolicyLoss):
         score_at: take the critics' gradient at the ``noisy`` action (authors' code) or the ``clean`` one (paper).
         q_grad: ``mean`` of the critics' gradients (authors' code) or the gradient of the smaller critic, ``min_q``.
         temperature: factor on the noise inside the reverse process.
+        clip_sampler: clip the action to [-1, 1] after every step of the reverse process, not only at its end.
         action_noise: deviation of the noise added to actions when collecting and in the TD target.
 
     Raises:
@@ -67,6 +68,7 @@ class QSMLoss(OffPolicyLoss):
         score_at: Literal["noisy", "clean"] = "noisy",
         q_grad: Literal["mean", "min_q"] = "mean",
         temperature: float = 1.0,
+        clip_sampler: bool = True,
         action_noise: float = 0.1,
     ) -> None:
         super().__init__()
@@ -87,13 +89,19 @@ class QSMLoss(OffPolicyLoss):
         self.score_at = score_at
         self.q_grad = q_grad
         self.temperature = temperature
+        self.clip_sampler = clip_sampler
         self.action_noise = action_noise
+
+    @property
+    def sampler(self) -> Sampler:
+        """The reverse process with this loss's networks and settings."""
+        return Sampler(self.denoiser, self.schedule, self.temperature, self.clip_sampler)
 
     # The critic's term: temporal difference learning.
 
     def next_action(self, next_observation: Tensor) -> Tensor:
         """a' [B, A]: the reverse process on s' [B, O], plus the clipped action noise."""
-        action = sample_action(self.denoiser, self.schedule, next_observation, self.temperature)
+        action = self.sampler(next_observation)
         return add_action_noise(action, torch.randn_like(action), self.action_noise)
 
     @torch.no_grad()
@@ -160,12 +168,12 @@ class QSMLoss(OffPolicyLoss):
         polyak_update(self.critics, self.target_critics, self.tau)
 
     def exploration_policy(self) -> Policy:
-        return ExplorationPolicy(self.denoiser, self.schedule, self.temperature, self.action_noise)
+        return ExplorationPolicy(self.sampler, self.action_noise)
 
     def evaluation_policy(self, selector: str = "sample", n: int = 32) -> Policy:
         if selector == "best_of_n":
-            return BestOfNPolicy(self.denoiser, self.schedule, self.critics, n, self.temperature)
-        return Policy(self.denoiser, self.schedule, self.temperature)
+            return BestOfNPolicy(self.sampler, self.critics, n)
+        return Policy(self.sampler)
 
 
 class QSM(QSMLoss):
@@ -184,6 +192,7 @@ class QSM(QSMLoss):
         score_at: take the critics' gradient at the noisy action (authors' code) or the clean one (paper's box).
         q_grad: mean of the critics' gradients (authors' code), or gradient of the smaller critic (min_q).
         temperature: factor on the noise inside the reverse process, not negative.
+        clip_sampler: clip the action to [-1, 1] after every step of the reverse process, not only at its end.
         action_noise: deviation of the noise added to actions when collecting and in the TD target.
     """
 
@@ -201,6 +210,7 @@ class QSM(QSMLoss):
         score_at: Literal["noisy", "clean"] = "noisy",
         q_grad: Literal["mean", "min_q"] = "mean",
         temperature: float = 1.0,
+        clip_sampler: bool = True,
         action_noise: float = 0.1,
     ) -> None:
         require(len(hidden) > 0, "hidden is empty: give at least one layer width, such as [256, 256]")
@@ -219,5 +229,6 @@ class QSM(QSMLoss):
             score_at=score_at,
             q_grad=q_grad,
             temperature=temperature,
+            clip_sampler=clip_sampler,
             action_noise=action_noise,
         )

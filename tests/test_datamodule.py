@@ -1,0 +1,197 @@
+"""Counting, what reaches the buffer, and its state."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning import Trainer
+from tensordict import TensorDict
+
+from qsm_lightning.collect import Progress, RecentExperience, check_finite
+from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.errors import SettingError, TrainingFault
+from qsm_lightning.losses import QSM
+from qsm_lightning.module import OffPolicyModule
+from qsm_lightning.replay import buffer_state, load_buffer_state, make_replay_buffer
+
+CLOCK = "tests.fake_envs:Clock-v0"
+
+
+def train(tmp_path: Path, env: str = CLOCK, **settings: Any) -> tuple[OffPolicyModule, OffPolicyDataModule]:
+    defaults = {"batch_size": 4, "init_random_frames": 20, "total_frames": 60, "eval_every_frames": 1000}
+    data = OffPolicyDataModule(env, **(defaults | {"eval_episodes": 1, "buffer_size": 500} | settings))
+    module = OffPolicyModule(data.observation_dim, data.action_dim, partial(QSM, hidden=(8,), time_dim=4, T=2))
+    Trainer(
+        max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
+    ).fit(module, data)
+    return module, data
+
+
+@pytest.mark.parametrize(
+    ("utd", "num_envs", "frames_per_batch"),
+    [(1, 1, None), (1, 4, None), (0.25, 1, 3), (0.25, 4, 8), (3, 2, 2), (0.1, 1, 7), (0.29, 5, 25), (2, 3, 9)],
+)
+def test_updates_are_exactly_utd_times_the_frames_after_the_warm_up(
+    tmp_path: Path, utd: float, num_envs: int, frames_per_batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = []
+    monkeypatch.setattr(QSM, "update_targets", lambda self: steps.append(1))
+    _, data = train(tmp_path, utd=utd, num_envs=num_envs, frames_per_batch=frames_per_batch)
+    chunk = frames_per_batch or num_envs
+    frames = math.ceil(60 / chunk) * chunk
+    assert data.progress.frames == frames, "training stops at the first chunk that reaches total_frames"
+    assert len(steps) == data.progress.updates == math.floor(Fraction(str(utd)) * (frames - 20))
+    assert len(data.buffer) == frames
+
+
+def test_no_update_is_lost_to_rounding() -> None:
+    """0.29 * 100 is 28.999... in floating point; the count is 29."""
+    progress = Progress(frames=100)
+    assert progress.updates_owed(0.29, 0) == 29
+    done = 0
+    for frames in range(1, 1001):
+        progress.frames = frames
+        done += (owed := progress.updates_owed(0.1, 0))
+        progress.updates = done
+        assert owed in (0, 1)
+    assert done == 100
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_the_buffer_holds_true_transitions(tmp_path: Path, num_envs: int) -> None:
+    """Clock shows its step and episode: no frame joins two episodes, ends carry their final observation and kind."""
+    _, data = train(tmp_path, num_envs=num_envs, frames_per_batch=6, total_frames=90)
+    frames = data.buffer[:]
+    step, episode = frames["observation"].unbind(1)
+    next_step, next_episode = frames["next", "observation"].unbind(1)
+    assert torch.equal(next_step, step + 1)
+    assert torch.equal(next_episode, episode)
+    ends = next_step == 5
+    assert ends.any()
+    assert torch.equal(frames["next", "done"][:, 0], ends)
+    assert torch.equal(frames["next", "terminated"][:, 0], ends & (episode % 2 == 1))
+    assert (step < 5).all(), "the final observation was acted on"
+    if num_envs == 1:
+        assert torch.equal(step, torch.arange(90) % 5)
+    assert data.progress.episodes == ends.sum()
+
+
+def test_warm_up_actions_are_uniform_and_later_ones_are_the_policys(tmp_path: Path) -> None:
+    class Constant(QSM):
+        def exploration_policy(self) -> Any:
+            return lambda td: td.set("action", torch.full((*td.shape, 1), 0.25))
+
+    data = OffPolicyDataModule(CLOCK, 1, 7, 400, 300, 8, eval_every_frames=1000, eval_episodes=1)
+    module = OffPolicyModule(2, 1, partial(Constant, hidden=(8,), time_dim=4, T=2))
+    Trainer(
+        max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
+    ).fit(module, data)
+    actions = data.buffer[:]["action"][:, 0]
+    random, policys = actions[:301], actions[301:]  # the chunk of 7 that begins in the warm-up is random
+    assert (policys == 0.25).all()
+    assert abs(random.mean().item()) < 0.1
+    assert abs(random.std().item() - 1 / math.sqrt(3)) < 0.05
+
+
+@pytest.mark.parametrize("storage", ["memory", "memmap"])
+def test_a_saved_buffer_comes_back_in_order(storage: Any, tmp_path: Path) -> None:
+    def filled(count: int) -> Any:
+        buffer = make_replay_buffer(10, storage, str(tmp_path / f"{storage}{count}"))
+        for i in range(count):
+            step = TensorDict({"observation": torch.tensor([float(i)]), "reward": torch.zeros(1)}, [])
+            frame = TensorDict({"observation": step["observation"], "action": torch.zeros(1)}, [])
+            flags = {key: torch.zeros(1, dtype=torch.bool) for key in ("terminated", "done")}
+            frame["next"] = TensorDict({**step, **flags}, [])
+            buffer.extend(frame[None])
+        return buffer
+
+    for count in (4, 10, 13):
+        state = buffer_state(filled(count))
+        assert all(isinstance(value, torch.Tensor) for value in state["frames"].values())
+        restored = make_replay_buffer(10)
+        load_buffer_state(restored, state)
+        oldest_first = [float(i) for i in range(max(0, count - 10), count)]
+        assert restored[:]["observation"][:, 0].tolist() == oldest_first
+        smaller = make_replay_buffer(3)
+        load_buffer_state(smaller, state)
+        assert smaller[:]["observation"][:, 0].tolist() == oldest_first[-3:]
+    empty = make_replay_buffer(10)
+    load_buffer_state(empty, buffer_state(make_replay_buffer(10)))
+    assert len(empty) == 0
+
+
+def test_memory_mapped_training_equals_training_in_memory(tmp_path: Path) -> None:
+    states = []
+    for storage in ("memory", "memmap"):
+        torch.manual_seed(0)
+        module, data = train(tmp_path, storage=storage, storage_dir=str(tmp_path / storage))
+        states.append([*module.state_dict().values(), *data.state_dict()["buffer"]["frames"].values()])
+    assert (tmp_path / "memmap").exists()
+    assert all(map(torch.equal, *states))
+
+
+def test_recent_experience_counts_episodes_and_bounds() -> None:
+    recent = RecentExperience()
+    chunk = TensorDict(
+        {
+            "action": torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.5, 0.2]]),
+            "next": TensorDict(
+                {
+                    "done": torch.tensor([[False], [True], [True]]),
+                    "episode_reward": torch.tensor([[9.0], [3.0], [5.0]]),
+                    "step_count": torch.tensor([[7], [10], [20]]),
+                },
+                [3],
+            ),
+        },
+        [3],
+    )
+    assert recent.metrics() == {"actions_at_bounds": 0.0}
+    assert recent.add(chunk) == 2
+    assert recent.metrics() == {"actions_at_bounds": 0.5, "return": 4.0, "length": 15.0}
+
+
+@pytest.mark.parametrize("key", ["observation", "action", ("next", "observation"), ("next", "reward")])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_data_names_the_tensor_and_the_frame(key: Any, value: float) -> None:
+    chunk = TensorDict(
+        {
+            "observation": torch.zeros(4, 2),
+            "action": torch.zeros(4, 1),
+            "next": TensorDict({"observation": torch.zeros(4, 2), "reward": torch.zeros(4, 1)}, [4]),
+        },
+        [4],
+    )
+    check_finite(chunk, 100)
+    chunk[key][2, 0] = value
+    name = key if isinstance(key, str) else " ".join(key)
+    with pytest.raises(TrainingFault, match=f"{name} is NaN or infinite at frame 103"):
+        check_finite(chunk, 100)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"num_envs": 0}, "data.num_envs"),
+        ({"total_frames": -5}, "data.total_frames"),
+        ({"batch_size": 0}, "data.batch_size"),
+        ({"buffer_size": 0}, "data.buffer_size"),
+        ({"utd": 0}, "data.utd"),
+        ({"eval_every_frames": 0}, "data.eval_every_frames"),
+        ({"eval_episodes": -1}, "data.eval_episodes"),
+        ({"num_envs": 4, "frames_per_batch": 6}, "multiple of data.num_envs"),
+        ({"frames_per_batch": -1}, "data.frames_per_batch"),
+        ({"batch_size": 300, "init_random_frames": 256}, "data.init_random_frames"),
+        ({"buffer_size": 100}, "data.buffer_size"),
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_refused_by_name(setting: dict[str, Any], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        OffPolicyDataModule(CLOCK, **setting)
