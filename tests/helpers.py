@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tensordict import TensorDict
 
@@ -21,6 +25,29 @@ SHRINK = [
     "--data.eval_episodes=2",
     "--data.eval_candidates=4",
 ]
+
+
+def has(module: str) -> bool:
+    """Whether a package is installed."""
+    return importlib.util.find_spec(module) is not None
+
+
+def working_gl() -> str | None:
+    """The first of egl and osmesa with which MuJoCo can make a context, tried in a process of its own."""
+    script = "import mujoco; context = mujoco.GLContext(64, 64); context.make_current()"
+    for name in filter(None, (os.environ.get("MUJOCO_GL"), "egl", "osmesa")):
+        run = subprocess.run([sys.executable, "-c", script], env=os.environ | {"MUJOCO_GL": name}, capture_output=True)
+        if run.returncode == 0:
+            return name
+    return None
+
+
+GL = working_gl()
+if GL is not None:  # read when dm_control is imported
+    os.environ["MUJOCO_GL"] = GL
+needs_gl = pytest.mark.skipif(GL is None, reason="MuJoCo can render with neither egl nor osmesa here")
+needs_dmc = pytest.mark.skipif(not has("dm_control"), reason="the extra dmc is not installed")
+needs_envpool = pytest.mark.skipif(not has("envpool"), reason="the extra envpool is not installed")
 
 
 def replay_batch(size: int = 32, observation_dim: int = 3, action_dim: int = 2, seed: int = 0) -> TensorDict:

@@ -11,14 +11,7 @@ import torch
 
 from qsm_lightning.envs import ENVPOOL_EXTRA_KEYS, make_env, make_gym
 from qsm_lightning.errors import SettingError
-
-
-def has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-needs_dmc = pytest.mark.skipif(not has("dm_control"), reason="the extra dmc is not installed")
-needs_envpool = pytest.mark.skipif(not has("envpool"), reason="the extra envpool is not installed")
+from tests.helpers import needs_dmc, needs_envpool
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])

@@ -218,4 +218,3 @@ def _quiet() -> None:
         ".*LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", message=text)
-    torch.set_float32_matmul_precision("high")

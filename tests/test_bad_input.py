@@ -1,0 +1,120 @@
+"""Bad input through the command line: exit status 2, one sentence, no traceback, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Command
+from tests.helpers import SHRINK
+
+PENDULUM = ["--config", "pendulum"]
+FILES = {
+    "broken.yaml": "data: [1\n  env: }",
+    "text.yaml": "just text\n",
+    "unknown.yaml": "data:\n  envv: x\n",
+    "nested.yaml": "model:\n  loss:\n    m_z: 3\n",
+    "interpolated.yaml": "data:\n  env: ${oc.env:NO_SUCH_VARIABLE}\n",
+    "not_a.ckpt": "this is text",
+    "file": "a file where a folder is wanted",
+}
+CASES = {
+    "unknown key": ([*PENDULUM, "--data.total_framez", "3"], "data.total_framez .* did you mean data.total_frames"),
+    "unknown group": ([*PENDULUM, "--dat.env", "x"], "dat.env .* did you mean data.env"),
+    "unknown loss key": ([*PENDULUM, "--model.loss.m_z", "3"], "model.loss.m_z .* did you mean model.loss.m_q"),
+    "unknown key in file": (["--config", "unknown.yaml"], "data.envv .* did you mean data.env"),
+    "unknown loss key in file": (["--config", "nested.yaml"], "model.loss.m_z .* did you mean model.loss.m_q"),
+    "unknown word": ([*PENDULUM, "hopper"], "hopper is not a setting"),
+    "wrong type": ([*PENDULUM, "--data.num_envs", "many"], "data.num_envs is 'many': it must be int"),
+    "wrong choice": ([*PENDULUM, "--data.storage", "disk"], "data.storage is 'disk'.*memory.*memmap"),
+    "wrong loss type": ([*PENDULUM, "--model.loss.hidden", "256"], r"model.loss.hidden is '256'.*list such as \[256"),
+    "unknown loss": ([*PENDULUM, "--model.loss", "SACK"], "model.loss.*QSM"),
+    "negative seed": ([*PENDULUM, "--seed_everything", "-3"], "seed_everything is '-3'"),
+    "zero envs": ([*PENDULUM, "--data.num_envs", "0"], "data.num_envs is 0"),
+    "negative frames": ([*PENDULUM, "--data.total_frames", "-1"], "data.total_frames is -1"),
+    "zero width": ([*PENDULUM, "--model.loss.hidden", "[64,0]"], "model.loss.hidden"),
+    "zero logging": ([*PENDULUM, "--metrics.every_frames", "0"], "metrics.every_frames is 0"),
+    "large batch": ([*PENDULUM, "--data.batch_size", "5000"], "data.batch_size is 5000.*init_random_frames"),
+    "no steps": ([*PENDULUM, "--model.loss.T", "0"], "model.loss.T is 0"),
+    "unknown env": ([*PENDULUM, "--data.env", "Pendulun-v1"], "data.env is 'Pendulun-v1'.*Pendulum-v1"),
+    "discrete actions": ([*PENDULUM, "--data.env", "CartPole-v1"], "data.env is 'CartPole-v1'.*Discrete"),
+    "unbounded actions": ([*PENDULUM, "--data.env", "tests.fake_envs:Unbounded-v0"], "data.env.*unbounded"),
+    "missing file": (["--config", "nowhere.yaml"], "'nowhere.yaml'.*no such file.*hopper"),
+    "malformed file": (["--config", "broken.yaml"], "'broken.yaml'.*not valid YAML.*line"),
+    "text file": (["--config", "text.yaml"], "'text.yaml'.*must hold settings"),
+    "unresolved": (["--config", "interpolated.yaml"], "NO_SUCH_VARIABLE"),
+    "no checkpoint": ([*PENDULUM, "--ckpt_path", "not_a.ckpt"], "not_a.ckpt is not a checkpoint"),
+    "missing checkpoint": ([*PENDULUM, "--ckpt_path", "gone.ckpt"], "--ckpt_path is 'gone.ckpt'.*no such file"),
+    "no last checkpoint": ([*PENDULUM, "--ckpt_path", "last"], "--ckpt_path is last.*no checkpoint"),
+    "unwritable folder": ([*PENDULUM, "--trainer.default_root_dir", "file/runs"], "trainer.default_root_dir"),
+    "no devices": ([*PENDULUM, "--trainer.devices", "0"], "devices"),
+}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def check_refused(command: Command, tmp_path: Path, name: str, args: list[str], pattern: str) -> None:
+    before = snapshot(tmp_path)
+    result = command(name, *args)
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith(f"{name}: ")]
+    assert len(lines) == 1, result.stderr
+    import re
+
+    assert re.search(pattern, lines[0]), lines[0]
+    assert "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1] == lines[0]
+    assert "Traceback" not in result.stdout
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_qsm_fit_refuses(case: str, command: Command, tmp_path: Path) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
+    check_refused(command, tmp_path, "qsm-fit", *CASES[case])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(command: Command, tmp_path: Path) -> None:
+    args = [*PENDULUM, "--trainer.accelerator", "gpu"]
+    check_refused(command, tmp_path, "qsm-fit", args, "trainer.accelerator is 'gpu'.*no GPU")
+
+
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["gone"], "'gone' is neither a checkpoint nor"),
+        (["not_a.ckpt"], "not_a.ckpt is not a checkpoint"),
+        (["weights.ckpt"], "weights.ckpt is not a checkpoint of qsm-fit"),
+        (["not_a.ckpt", "--episodes", "0"], "--episodes is 0"),
+        (["not_a.ckpt", "--episodes", "some"], "episodes.*some"),
+        (["not_a.ckpt", "--selector", "worst"], "selector.*worst"),
+        (["not_a.ckpt", "--video", "film.avi"], r"film.avi.*\.mp4 or \.gif"),
+        ([], "RUN_OR_CHECKPOINT"),
+    ],
+)
+def test_qsm_eval_refuses(args: list[str], pattern: str, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "not_a.ckpt").write_text("this is text")
+    torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
+    check_refused(command, tmp_path, "qsm-eval", args, pattern)
+
+
+def test_a_checkpoint_of_another_environment(command: Command, tmp_path: Path) -> None:
+    done = command("qsm-fit", *PENDULUM, *SHRINK, "--data.eval_selector=sample")
+    assert done.returncode == 0, done.stderr
+    checkpoint = next(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))
+    before = snapshot(tmp_path)
+    result = command("qsm-fit", "--config", "hopper", *SHRINK, "--ckpt_path", checkpoint)
+    assert result.returncode == 2
+    assert "is of Pendulum-v1 with other shapes" in result.stderr
+    assert "Traceback" not in result.stderr
+    again = command("qsm-fit", *PENDULUM, *SHRINK, "--ckpt_path", checkpoint)
+    assert again.returncode == 2
+    assert "already at 60 frames" in again.stderr
+    assert snapshot(tmp_path) == before

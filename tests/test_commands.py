@@ -1,0 +1,254 @@
+"""What a user does, in real processes: train, look, evaluate, repeat, resume, interrupt, meet a fault."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import Command
+from tests.helpers import SHRINK, environment, needs_dmc
+
+TINY = ["--config", "pendulum", *SHRINK, "--metrics.every_frames=10"]
+
+
+def run_folder(tmp_path: Path, version: int = 0) -> Path:
+    return next(tmp_path.glob(f"runs/*/version_{version}"))
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A tiny run of Pendulum, two evaluations long, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = subprocess.run(
+        [Path(sys.executable).with_name("qsm-fit"), *TINY, "--data.eval_every_frames=30", "--seed_everything=5"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    return folder, result.stdout
+
+
+def test_a_run_prints_where_everything_is(trained: tuple[Path, str]) -> None:
+    folder, out = trained
+    last = out.strip().splitlines()[-5:]
+    assert re.fullmatch(r"final return: -?\d+\.\d\d", last[0])
+    assert re.fullmatch(r"best return: -?\d+\.\d\d", last[1])
+    run = run_folder(folder)
+    relative = run.relative_to(folder)
+    assert str(relative) == "runs/Pendulum-v1/version_0"
+    assert last[2] == f"checkpoints: {relative}/checkpoints/best.ckpt, {relative}/checkpoints/last.ckpt"
+    assert last[3].endswith(f"qsm-eval {relative}")
+    assert "frames 60/60 return" in out
+
+
+def test_a_run_leaves_config_checkpoints_metrics_and_events(trained: tuple[Path, str]) -> None:
+    run = run_folder(trained[0])
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["seed_everything"] == 5
+    assert config["data"]["total_frames"] == 60
+    assert config["model"]["loss"]["init_args"]["hidden"] == [16, 16]
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    returns = {int(float(row["step"])): float(row["eval/return"]) for row in rows if row["eval/return"]}
+    assert list(returns) == [30, 60], "the x-axis is frames"
+    assert all(row["eval_best_of_n/return"] for row in rows if row["eval/return"])
+    updates = {int(float(row["step"])): float(row["train/updates"]) for row in rows if row["train/updates"]}
+    assert updates == {10: 0, 20: 0, 30: 0, 40: 0, 50: 10, 60: 20}
+
+
+def test_tensorboard_has_every_promised_curve(trained: tuple[Path, str]) -> None:
+    events = EventAccumulator(str(run_folder(trained[0])))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    expected = {f"eval/{k}" for k in ("return", "return_std", "length")}
+    expected |= {f"eval_best_of_n/{k}" for k in ("return", "return_std", "length")}
+    expected |= {"loss/qvalue", "loss/actor", "lr/qvalue", "lr/actor", "speed/frames_per_s", "speed/updates_per_s"}
+    expected |= {f"update/{k}" for k in ("q_mean", "q_std", "q_disagreement", "q_grad_norm", "eps_norm")}
+    expected |= {"train/actions_at_bounds", "train/buffer_size"}
+    assert expected <= scalars, expected - scalars
+    assert "policy" in events.Tags()["images"]
+    assert [event.step for event in events.Scalars("eval/return")] == [30, 60]
+
+
+def test_training_return_and_length_are_logged_when_episodes_end(command: Command, tmp_path: Path) -> None:
+    result = command("qsm-fit", *TINY, "--data.env=tests.fake_envs:Clock-v0")
+    assert result.returncode == 0, result.stderr
+    with (run_folder(tmp_path) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["train/return"]]
+    assert {float(row["train/length"]) for row in rows} == {5.0}
+    assert float(rows[-1]["train/episodes"]) == 12
+
+
+def test_qsm_eval_needs_nothing_repeated(trained: tuple[Path, str], command: Command) -> None:
+    run = run_folder(trained[0])
+    plain = command("qsm-eval", run, "--episodes", 3)
+    assert plain.returncode == 0, plain.stderr
+    for key in ("mean", "std", "min", "max", "length"):
+        assert re.search(rf"^{key}: -?\d+\.\d\d$", plain.stdout, re.M)
+    results = [
+        json.loads(command("qsm-eval", target, "--episodes", 3, "--json", *more).stdout)
+        for target, more in (
+            (run, []),
+            (run / "checkpoints" / "best.ckpt", []),
+            (run, ["--selector", "best_of_n", "--candidates", 8]),
+            (run, ["--seed", 1]),
+        )
+    ]
+    assert (
+        results[0]["mean"]
+        == results[1]["mean"]
+        == pytest.approx(float(plain.stdout.split("mean: ")[1].split()[0]), abs=0.01)
+    )
+    assert results[0]["env"] == "Pendulum-v1"
+    assert results[0]["episodes"] == 3
+    assert results[0]["length"] == 200
+    assert results[0]["min"] <= results[0]["mean"] <= results[0]["max"]
+    assert results[2]["mean"] != results[0]["mean"] != results[3]["mean"]
+
+
+def test_qsm_eval_records_a_video(trained: tuple[Path, str], command: Command, tmp_path: Path) -> None:
+    result = command("qsm-eval", run_folder(trained[0]), "--episodes", 1, "--video", "out.gif")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out.gif").read_bytes().startswith(b"GIF8")
+
+
+def test_a_runs_configuration_repeats_it_bitwise(trained: tuple[Path, str], command: Command, tmp_path: Path) -> None:
+    run = run_folder(trained[0])
+    result = command("qsm-fit", "--config", run / "config.yaml")
+    assert result.returncode == 0, result.stderr
+    ours, theirs = weights(run), weights(run_folder(tmp_path))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    result = command("qsm-fit", "--config", run / "config.yaml", "--seed_everything", 6)
+    other = weights(run_folder(tmp_path, 1))
+    assert not all(torch.equal(ours[key], other[key]) for key in ours)
+
+
+@pytest.mark.parametrize("env", ["Hopper-v5", pytest.param("dmc:cartpole/swingup", marks=needs_dmc)])
+def test_a_seed_decides_a_run_with_parallel_environments(env: str, command: Command, tmp_path: Path) -> None:
+    args = [*TINY, f"--data.env={env}", "--data.num_envs=2", "--data.eval_selector=sample", "--name=twice"]
+    for _ in range(2):
+        assert command("qsm-fit", *args).returncode == 0
+    first, second = (weights(tmp_path / "runs" / "twice" / f"version_{v}") for v in (0, 1))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(trained: tuple[Path, str], command: Command, tmp_path: Path) -> None:
+    checkpoint = run_folder(trained[0]) / "checkpoints" / "last.ckpt"
+    before = torch.load(checkpoint, weights_only=True)
+    result = command("qsm-fit", *TINY, "--data.total_frames=90", "--ckpt_path", checkpoint)
+    assert result.returncode == 0, result.stderr
+    after = torch.load(run_folder(tmp_path) / "checkpoints" / "last.ckpt", weights_only=True)
+    data_before, data_after = before["OffPolicyDataModule"], after["OffPolicyDataModule"]
+    assert data_before["progress"]["frames"] == 60
+    assert data_after["progress"] == {"frames": 90, "updates": 50, "episodes": data_after["progress"]["episodes"]}
+    kept = data_after["buffer"]["frames"]["observation"][:60]
+    assert torch.equal(kept, data_before["buffer"]["frames"]["observation"])
+    assert after["optimizer_states"][0]["state"][0]["step"] == 50
+    new = data_after["buffer"]["frames"]["observation"][60:]
+    old = data_before["buffer"]["frames"]["observation"][:30]
+    assert not torch.equal(new, old), "the first episodes were repeated"
+    last = command("qsm-fit", *TINY, "--data.total_frames=100", "--ckpt_path", "last")
+    assert last.returncode == 0, last.stderr
+    assert (
+        torch.load(run_folder(tmp_path, 1) / "checkpoints" / "last.ckpt", weights_only=True)["OffPolicyDataModule"][
+            "progress"
+        ]["frames"]
+        == 100
+    )
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint(signum: signal.Signals, status: int, tmp_path: Path) -> None:
+    args = [*TINY, "--data.total_frames=1000000", "--data.eval_every_frames=1000000"]
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("qsm-fit"), *args],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("runs/*/version_0/metrics.csv")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(1)
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status, err
+    checkpoint = run_folder(tmp_path).relative_to(tmp_path) / "checkpoints" / "last.ckpt"
+    assert str(checkpoint) in err
+    assert "Traceback" not in err
+    saved = torch.load(tmp_path / checkpoint, weights_only=True)
+    assert saved["OffPolicyDataModule"]["progress"]["frames"] > 0
+    assert f"resume with: qsm-fit --config {checkpoint.parent.parent}/config.yaml --ckpt_path {checkpoint}" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--data.env=tests.fake_envs:FaultyObservation-v0"], "next observation is NaN or infinite at frame 50"),
+        (["--data.env=tests.fake_envs:FaultyReward-v0"], "next reward is NaN or infinite at frame 50"),
+        (["--model.critic_lr=1e30"], "training diverged: loss/"),
+    ],
+)
+def test_a_fault_stops_training_and_names_the_last_good_checkpoint(
+    args: list[str], words: str, command: Command, tmp_path: Path
+) -> None:
+    result = command("qsm-fit", *TINY, "--data.eval_every_frames=42", *args)
+    assert result.returncode == 3, result.stderr
+    sentence = result.stderr.strip().splitlines()[-1]
+    assert words in sentence
+    assert "Traceback" not in result.stderr
+    checkpoint = run_folder(tmp_path) / "checkpoints" / "last.ckpt"
+    assert ("the last good checkpoint is" in sentence) == checkpoint.exists()
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert all(value.isfinite().all() for value in state.values())
+
+
+def test_help_and_print_config_read_well(command: Command) -> None:
+    text = command("qsm-fit", "--help").stdout
+    for setting in ("--data.env", "--data.total_frames", "--model.critic_lr", "--ckpt_path", "--metrics.every_frames"):
+        assert setting in text
+    assert "gradient updates per frame" in text
+    assert "Examples:" in text
+    printed = command("qsm-fit", "--config", "dmc/quadruped_walk", "--data.num_envs", 2, "--print_config")
+    config = yaml.safe_load(printed.stdout)
+    assert config["data"]["env"] == "dmc:quadruped/walk"
+    assert config["data"]["num_envs"] == 2
+    assert config["model"]["loss"]["init_args"]["m_q"] == 120
+    assert "--episodes" in command("qsm-eval", "--help").stdout
+
+
+@pytest.mark.slow
+def test_the_shipped_pendulum_run_learns(command: Command) -> None:
+    """The README's first command: from about -1200 to better than -250."""
+    result = command("qsm-fit", "--config", "pendulum", timeout=900)
+    assert result.returncode == 0, result.stderr
+    first = float(re.search(r"return (-?[\d.]+)", result.stdout)[1])  # type: ignore[index]
+    final = float(re.search(r"final return: (-?[\d.]+)", result.stdout)[1])  # type: ignore[index]
+    assert first < -900
+    assert final > -250

@@ -1,0 +1,46 @@
+"""Every shipped configuration, shrunk, takes real steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qsm_lightning.cli import fit
+from tests.helpers import CONFIGS, ROOT, SHRINK, has
+
+NAMES = [str(path.relative_to(ROOT / "conf").with_suffix("")) for path in CONFIGS]
+GYM = {"pendulum", "hopper", "halfcheetah", "walker2d", "ant", "humanoid", "swimmer"}
+DMC = ["cartpole_balance", "cartpole_swingup", "cheetah_run", "hopper_hop"]
+DMC += ["walker_walk", "walker_run", "quadruped_walk", "humanoid_walk"]
+
+
+def test_all_promised_configurations_are_there() -> None:
+    assert GYM | {f"dmc/{name}" for name in DMC} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_trains(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if name.startswith("dmc/") and not has("dm_control"):
+        pytest.skip("the extra dmc is not installed")
+    monkeypatch.chdir(tmp_path)
+    fit(["--config", name, *SHRINK, "--data.eval_episodes=1", "--data.eval_selector=sample", "--picture.states=1"])
+    out = capsys.readouterr().out
+    assert "final return: " in out
+    assert "best return: " in out
+    run = next(tmp_path.glob("runs/*/version_0"))
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    expected = 120.0 if name in ("dmc/quadruped_walk", "dmc/humanoid_walk") else 1.0 if name == "pendulum" else 50.0
+    assert config["model"]["loss"]["init_args"]["m_q"] == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_only_says_what_differs(name: str) -> None:
+    content = yaml.safe_load((ROOT / "conf" / f"{name}.yaml").read_text())
+    assert set(content) <= {"data", "model"}
+    assert "env" in content["data"]
+    assert content["data"]["env"].startswith("dmc:") == name.startswith("dmc/")
