@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from qsm_lightning import checkpoints
 from qsm_lightning.errors import Interrupted
 
 
@@ -39,7 +39,7 @@ class CheckpointOnSignal(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._signum is not None:
-            path = Path(trainer.log_dir or trainer.default_root_dir, "checkpoints", "last.ckpt")
+            path = checkpoints.folder(trainer) / "last.ckpt"
             trainer.save_checkpoint(path, weights_only=False)
             raise Interrupted(self._signum, str(path))
 

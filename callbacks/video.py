@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from typing_extensions import override
@@ -56,9 +54,5 @@ class EvaluationVideo(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("episode", picture_strip(frames), data.progress.frames, dataformats="HWC")
-        if trainer.log_dir:
-            write_video(
-                str(Path(trainer.log_dir, "videos", f"{data.progress.frames:09}.gif")),
-                frames[:, ::2, ::2],
-                15,
-            )
+        path = run_folder(trainer) / "videos" / f"{data.progress.frames:09}.gif"
+        write_video(str(path), frames[:, ::2, ::2], fps=15)

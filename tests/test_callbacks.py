@@ -48,7 +48,7 @@ def test_a_diverged_loss_stops_with_its_name_and_frame() -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_the_next_batch_and_handlers_come_back(signum: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(signum)
-    callback, trainer = cb.CheckpointOnSignal(), Mock(log_dir=str(tmp_path))
+    callback, trainer = cb.CheckpointOnSignal(), Mock(loggers=[SimpleNamespace(log_dir=str(tmp_path))])
     callback.on_train_start(trainer, Mock())
     callback.on_train_batch_end(trainer, Mock(), None, None, 0)
     trainer.save_checkpoint.assert_not_called()

@@ -110,9 +110,15 @@ def find(run_or_checkpoint: str) -> Path:
     raise SettingError(f"{run_or_checkpoint!r} is neither a checkpoint nor the folder of a run that has one")
 
 
+def run_folder(trainer: Trainer) -> Path:
+    """The run's folder: the first logger's. Unlike ``trainer.log_dir`` it can be asked for on one rank alone."""
+    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    return Path(next(filter(None, folders), trainer.default_root_dir))
+
+
 def folder(trainer: Trainer) -> Path:
     """The run's checkpoints folder."""
-    return Path(trainer.log_dir or trainer.default_root_dir, "checkpoints")
+    return run_folder(trainer) / "checkpoints"
 
 
 def save_last_if_missing(trainer: Trainer) -> None:
@@ -141,7 +147,7 @@ def closing_words(trainer: Trainer) -> str:
     if final is not None:
         best = max([final.item(), *(cb.best_model_score.item() for cb in callbacks if cb.best_model_score is not None)])
         lines = [f"final return: {final.item():.2f}", f"best return: {best:.2f}"]
-    run = trainer.log_dir
+    run = run_folder(trainer)
     names = [str(folder(trainer) / name) for name in ("best.ckpt", "last.ckpt") if (folder(trainer) / name).exists()]
     lines += [f"checkpoints: {', '.join(names) or 'none'}"]
     if names:

@@ -163,11 +163,11 @@ def _cli(args: list[str] | None) -> FitCLI:
 def _fit(args: list[str] | None) -> None:
     cli = _build(args)
     trainer, config = cli.trainer, cli.config
-    ckpt_path = checkpoints.resolve(config["ckpt_path"], Path(trainer.log_dir or trainer.default_root_dir))
+    ckpt_path = checkpoints.resolve(config["ckpt_path"], checkpoints.run_folder(trainer))
     if ckpt_path is not None:
         checkpoints.check_resumable(ckpt_path, cli.model, cli.datamodule)
     if trainer.is_global_zero:
-        print(f"qsm-fit: {trainer.log_dir}", flush=True)
+        print(f"qsm-fit: {checkpoints.run_folder(trainer)}", flush=True)
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     except TrainingFault as fault:
@@ -216,5 +216,6 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*directory .* exists and is not empty.*",
         ".*LeafSpec.*",
+        ".*precision lowered by casting.*",
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -85,7 +85,9 @@ class OffPolicyModule(LightningModule):
     def validation_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
         """Log the evaluated episodes of each selector; ``eval/return`` is the first one's."""
         frames = datamodule_of(self.trainer).progress.frames
-        self.log("step", torch.tensor(frames, dtype=torch.float64))  # x-axis; float32 is exact to 2^24 only
+        self.log(
+            "step", torch.tensor(frames, dtype=torch.float64), sync_dist=True
+        )  # x-axis; float32 is exact to 2^24 only
         for i, (selector, episodes) in enumerate(batch.items()):
             prefix = "eval" if i == 0 else f"eval_{selector}"
             returns = episodes["return"]
@@ -96,6 +98,7 @@ class OffPolicyModule(LightningModule):
                     f"{prefix}/length": episodes["length"].mean(),
                 },
                 batch_size=1,
+                sync_dist=True,
             )
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
