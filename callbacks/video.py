@@ -6,6 +6,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from qsm_lightning.checkpoints import run_folder
 from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.envs import make_render_env
 from qsm_lightning.errors import require

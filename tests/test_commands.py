@@ -252,3 +252,34 @@ def test_the_shipped_pendulum_run_learns(command: Command) -> None:
     final = float(re.search(r"final return: (-?[\d.]+)", result.stdout)[1])  # type: ignore[index]
     assert first < -900
     assert final > -250
+
+
+def test_an_evaluation_video_is_switched_on_from_the_command_line(command: Command, tmp_path: Path) -> None:
+    video = "--trainer.callbacks+=qsm_lightning.callbacks.EvaluationVideo"
+    result = command("qsm-fit", *TINY, "--data.eval_every_frames=30", video, "--trainer.callbacks.max_frames=20")
+    assert result.returncode == 0, result.stderr
+    run = run_folder(tmp_path)
+    assert sorted(path.name for path in (run / "videos").iterdir()) == ["000000030.gif", "000000060.gif"]
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert [event.step for event in events.Images("episode")] == [30, 60]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--trainer.logger=false"],
+        ["--trainer.enable_checkpointing=false"],
+        ["--trainer.enable_progress_bar=false"],
+        ["--trainer.max_epochs=1", "--data.eval_every_frames=30"],
+        ["--trainer.fast_dev_run=true"],
+        ["--data.storage=memmap", "--data.utd=0.5", "--data.num_envs=3", "--data.frames_per_batch=6"],
+        ["--trainer.accelerator=cpu", "--trainer.devices=2"],
+    ],
+    ids=" ".join,
+)
+def test_trainer_flags_that_change_what_is_written(extra: list[str], command: Command) -> None:
+    result = command("qsm-fit", *TINY, *extra)
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "final return: " in result.stdout
