@@ -64,6 +64,7 @@ def main() -> None:
     for run in options.runs:
         seed = yaml.safe_load((run / "config.yaml").read_text())["seed_everything"]
         curves[f"seed {seed}"] = read_curve(run)
+    curves = dict(sorted(curves.items()))
     reference = [(int(f), float(r)) for f, r in (point.split(":") for point in options.reference)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     draw(curves, options.title, reference).savefig(f"{options.out}.png", dpi=110)

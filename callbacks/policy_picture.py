@@ -26,8 +26,9 @@ class PolicyPicture(Callback):
     """After evaluations, write ``policy`` to TensorBoard: a row per fixed state, with sampled actions.
 
     One-dimensional actions: Q over the action, arrows along grad_a Q, and the samples' histogram. More dimensions: a
-    column per pair of neighbouring components, Q as colours, grad_a Q as arrows, samples as points; the components
-    not shown stay at the samples' mean. A loss without ``critics`` and ``q_gradient`` gets no picture.
+    column per pair of neighbouring components, Q as colours, grad_a Q as arrows, samples as discs whose area is their
+    share; the components not shown stay at the samples' mean. A loss without ``critics`` and ``q_gradient`` gets no
+    picture.
 
     Args:
         every_evaluations: evaluations between two pictures; 0 for none.
@@ -127,6 +128,8 @@ def _draw_plane(axis: Axes, loss: OffPolicyLoss, observation: Tensor, actions: T
     axis.figure.colorbar(axis.contourf(x, y, q, levels=20, cmap="viridis"), ax=axis, label="Q")
     skip = (slice(2, None, 4), slice(2, None, 4))
     axis.quiver(x[skip], y[skip], u[skip], v[skip], color="white", alpha=0.7)
-    points = actions.cpu().numpy()
-    axis.scatter(points[:, i], points[:, j], s=6, color="C1", edgecolors="none")
+    cells, counts = ((actions[:, [i, j]] * 10).round() / 10).unique(dim=0, return_counts=True)
+    sizes = 12 + 400 * counts.cpu().numpy() / len(actions)
+    x, y = cells.cpu().numpy().T
+    axis.scatter(x, y, s=sizes, color="C1", edgecolors="black", lw=0.5, clip_on=False, zorder=3)
     axis.set(xlim=(-1.02, 1.02), ylim=(-1.02, 1.02), xlabel=f"action {i + 1}", ylabel=f"action {j + 1}")

@@ -113,9 +113,9 @@ def test_the_picture_has_a_panel_per_state_and_pair(action_dim: int) -> None:
     assert len(panels) == 3 * max(1, action_dim - 1)
     assert all(p.grad is None for p in loss.parameters())
     if action_dim > 1:  # what the colours show is the critics' mean with the other components at the samples' mean
-        points = panels[0].collections[-1].get_offsets()
-        assert np.shape(points) == (50, 2)
-        assert np.abs(np.asarray(points)).max() <= 1
+        points = np.asarray(panels[0].collections[-1].get_offsets())
+        assert 1 <= len(points) <= 50
+        assert np.abs(points).max() <= 1
 
 
 def test_the_picture_is_written_to_tensorboard_with_frames_as_the_step(tmp_path: Path) -> None:
