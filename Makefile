@@ -23,7 +23,7 @@ fit: .venv/.installed  ## train: CONFIG=conf/NAME.yaml, ARGS="more settings"
 	$(BIN)/qsm-fit --config $(CONFIG) $(ARGS)
 
 test: .venv/.installed-dev  ## the fast test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 test-slow: .venv/.installed-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

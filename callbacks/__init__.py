@@ -1,6 +1,6 @@
 """Lightning callbacks. They read the trainer and the module, and never change the algorithm."""
 
-from qsm_lightning.callbacks.checkpoint import best_checkpoint, last_checkpoint
+from qsm_lightning.callbacks.checkpoint import RunCheckpoint
 from qsm_lightning.callbacks.guard import StopOnNonFinite
 from qsm_lightning.callbacks.interrupt import CheckpointOnSignal
 from qsm_lightning.callbacks.metrics import TrainingMetrics
@@ -13,8 +13,7 @@ __all__ = [
     "EvaluationVideo",
     "FrameProgress",
     "PolicyPicture",
+    "RunCheckpoint",
     "StopOnNonFinite",
     "TrainingMetrics",
-    "best_checkpoint",
-    "last_checkpoint",
 ]

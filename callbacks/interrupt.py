@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from qsm_lightning import checkpoints
+from qsm_lightning.callbacks.checkpoint import RunCheckpoint
 from qsm_lightning.errors import Interrupted
 
 
 class CheckpointOnSignal(Callback):
-    """On SIGINT or SIGTERM finish the batch under way, write ``checkpoints/last.ckpt`` and raise ``Interrupted``.
+    """On SIGINT or SIGTERM finish the batch or evaluation under way, write ``last.ckpt`` and raise ``Interrupted``.
 
-    A second SIGINT stops at once, without a checkpoint. Outside the main thread signals are left alone.
+    A second SIGINT stops at once, without a checkpoint. Outside the main thread signals are left alone. Without a
+    :class:`~qsm_lightning.callbacks.RunCheckpoint` in the trainer nothing is written.
     """
 
     def __init__(self) -> None:
@@ -26,22 +28,39 @@ class CheckpointOnSignal(Callback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Interrupted(signum, None)
         self._signum = signum
+        print("\nstopping after the batch or evaluation under way; Ctrl-C again to stop at once", file=sys.stderr)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._install()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._install()  # Lightning has put its own handler of SIGTERM in front
+
+    def _install(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before.setdefault(signum, signal.getsignal(signum))
+                signal.signal(signum, self._note)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._stop_if_asked(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
         if self._signum is not None:
-            path = checkpoints.folder(trainer) / "last.ckpt"
-            trainer.save_checkpoint(path, weights_only=False)
-            raise Interrupted(self._signum, str(path))
+            writer = next((cb for cb in trainer.checkpoint_callbacks if isinstance(cb, RunCheckpoint)), None)
+            raise Interrupted(self._signum, str(writer.save(trainer)) if writer else None)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -56,6 +56,8 @@ class TrainingMetrics(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         self._time += time.perf_counter() - self._validation_start  # speed is training's alone
 
     @override

@@ -51,6 +51,8 @@ class PolicyPicture(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         self._count += 1
         if not self.every_evaluations or self._count % self.every_evaluations or not trainer.is_global_zero:
             return

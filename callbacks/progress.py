@@ -34,6 +34,11 @@ class FrameProgress(RichProgressBar):
             super().enable()
 
     @override
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        """Lightning's columns up to the number of frames; times and speeds stand in :meth:`get_metrics`."""
+        return super().configure_columns(trainer)[:3]
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         progress = datamodule_of(trainer).progress
@@ -66,12 +71,20 @@ class FrameProgress(RichProgressBar):
             self._print_line(trainer)
 
     @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._update(self.train_progress_bar_id, datamodule_of(trainer).progress.frames, hard=True)
+        super().on_train_end(trainer, pl_module)
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
-        self._measure(trainer)
+        if not trainer.sanity_checking:
+            self._measure(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         self._return = trainer.callback_metrics["eval/return"].item()
         self._mark = (time.monotonic(), *self._mark[1:])  # speeds are training's alone
         if not self.is_terminal:

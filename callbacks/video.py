@@ -8,9 +8,8 @@ from typing_extensions import override
 
 from qsm_lightning.checkpoints import run_folder
 from qsm_lightning.datamodule import datamodule_of
-from qsm_lightning.envs import make_render_env
 from qsm_lightning.errors import require
-from qsm_lightning.recording import picture_strip, record_episode, render_frame, write_video
+from qsm_lightning.recording import check_renderable, picture_strip, record_episode, write_video
 
 
 class EvaluationVideo(Callback):
@@ -37,12 +36,8 @@ class EvaluationVideo(Callback):
         self._count = 0
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = datamodule_of(trainer).env_name
-        env, render = make_render_env(name)
-        env.reset()
-        render_frame(name, render)
-        env.close()
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_renderable(datamodule_of(trainer).env_name)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

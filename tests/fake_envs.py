@@ -88,7 +88,13 @@ class Unbounded(Bandit):
     action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
-for name in ("Bandit", "Clock", "Parts", "Unbounded"):
+class Matrix(Bandit):
+    """Actions that are not a vector."""
+
+    action_space = gym.spaces.Box(-1, 1, (2, 3), np.float32)
+
+
+for name in ("Bandit", "Clock", "Parts", "Unbounded", "Matrix"):
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{name}")
 for what in ("observation", "reward"):
     gym.register(f"Faulty{what.title()}-v0", entry_point=f"{__name__}:Faulty", kwargs={"what": what})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,10 @@ CASES = {
     "missing checkpoint": ([*PENDULUM, "--ckpt_path", "gone.ckpt"], "--ckpt_path is 'gone.ckpt'.*no such file"),
     "no last checkpoint": ([*PENDULUM, "--ckpt_path", "last"], "--ckpt_path is last.*no checkpoint"),
     "unwritable folder": ([*PENDULUM, "--trainer.default_root_dir", "file/runs"], "trainer.default_root_dir"),
+    "a class that needs networks": ([*PENDULUM, "--model.loss", "QSMLoss"], "model.loss.*such as QSM"),
+    "matrix actions": ([*PENDULUM, "--data.env", "tests.fake_envs:Matrix-v0"], r"data.env.*shape \(2, 3\).*flatten"),
+    "nothing to learn": ([*PENDULUM, "--data.total_frames", "1000"], "data.total_frames is 1000.*init_random_frames"),
+    "Lightning's cadence": ([*PENDULUM, "--trainer.check_val_every_n_epoch", "2"], "data.eval_every_frames"),
     "no devices": ([*PENDULUM, "--trainer.devices", "0"], "devices"),
 }
 
@@ -63,8 +68,6 @@ def check_refused(command: Command, tmp_path: Path, name: str, args: list[str], 
     assert result.returncode == 2, result.stderr
     lines = [line for line in result.stderr.splitlines() if line.startswith(f"{name}: ")]
     assert len(lines) == 1, result.stderr
-    import re
-
     assert re.search(pattern, lines[0]), lines[0]
     assert "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1] == lines[0]
@@ -78,6 +81,18 @@ def test_qsm_fit_refuses(case: str, command: Command, tmp_path: Path) -> None:
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
     check_refused(command, tmp_path, "qsm-fit", *CASES[case])
+
+
+def test_a_folder_named_like_a_configuration_does_not_hide_it(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "pendulum").mkdir()
+    assert "Pendulum-v1" in command("qsm-fit", *PENDULUM, "--print_config").stdout
+
+
+def test_what_lightning_refuses_at_the_start_of_training(command: Command) -> None:
+    result = command("qsm-fit", *PENDULUM, *SHRINK, "--trainer.gradient_clip_val", "1")
+    assert result.returncode == 2
+    assert "gradient" in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -95,6 +110,7 @@ def test_a_gpu_that_is_not_there(command: Command, tmp_path: Path) -> None:
         (["not_a.ckpt", "--episodes", "0"], "--episodes is 0"),
         (["not_a.ckpt", "--episodes", "some"], "episodes.*some"),
         (["not_a.ckpt", "--selector", "worst"], "selector.*worst"),
+        (["not_a.ckpt", "--video", "not_a.ckpt/film.gif"], "not_a.ckpt cannot be written"),
         (["not_a.ckpt", "--video", "film.avi"], r"film.avi.*\.mp4 or \.gif"),
         ([], "RUN_OR_CHECKPOINT"),
     ],

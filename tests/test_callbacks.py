@@ -33,7 +33,7 @@ def stand_in(frames: int = 0, **settings: Any) -> Mock:
     data.progress = Progress(frames)
     data.total_frames = 10_000
     data.configure_mock(**settings)
-    return Mock(datamodule=data, loggers=[Mock()], is_global_zero=True)
+    return Mock(datamodule=data, loggers=[Mock()], is_global_zero=True, sanity_checking=False, fast_dev_run=False)
 
 
 def test_a_diverged_loss_stops_with_its_name_and_frame() -> None:
@@ -48,7 +48,10 @@ def test_a_diverged_loss_stops_with_its_name_and_frame() -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_at_the_next_batch_and_handlers_come_back(signum: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(signum)
-    callback, trainer = cb.CheckpointOnSignal(), Mock(loggers=[SimpleNamespace(log_dir=str(tmp_path))])
+    callback, writer, trainer = cb.CheckpointOnSignal(), cb.RunCheckpoint(), stand_in(7)
+    trainer.loggers, trainer.checkpoint_callbacks = [SimpleNamespace(log_dir=str(tmp_path))], [writer]
+    writer.setup(trainer, Mock(), "fit")
+    callback.setup(trainer, Mock(), "fit")
     callback.on_train_start(trainer, Mock())
     callback.on_train_batch_end(trainer, Mock(), None, None, 0)
     trainer.save_checkpoint.assert_not_called()
@@ -63,11 +66,52 @@ def test_a_signal_saves_at_the_next_batch_and_handlers_come_back(signum: signal.
 
 def test_a_second_ctrl_c_does_not_wait() -> None:
     callback = cb.CheckpointOnSignal()
-    callback.on_train_start(Mock(), Mock())
+    callback.setup(Mock(), Mock(), "fit")
     signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="nothing was saved"):
         signal.raise_signal(signal.SIGINT)
     callback.teardown(Mock(), Mock(), "fit")
+
+
+def test_last_and_best_follow_the_evaluations(tmp_path: Path) -> None:
+    """Also when no optimizer steps in between, and over a resume into another folder."""
+
+    def trainer_in(folder: Path) -> Mock:
+        trainer = stand_in()
+        trainer.loggers = [SimpleNamespace(log_dir=str(folder))]
+
+        def save(path: Path, weights_only: bool) -> None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{trainer.callback_metrics['eval/return'].item():.0f}")
+
+        trainer.save_checkpoint.side_effect = save
+        return trainer
+
+    def evaluate(writer: cb.RunCheckpoint, trainer: Mock, score: float) -> tuple[str, str]:
+        trainer.callback_metrics = {"eval/return": torch.tensor(score)}
+        trainer.datamodule.progress.frames += 10
+        writer.on_validation_end(trainer, Mock())
+        assert writer.last is not None
+        return writer.last.read_text(), writer.last.with_name("best.ckpt").read_text()
+
+    writer, trainer = cb.RunCheckpoint(), trainer_in(tmp_path / "a")
+    writer.setup(trainer, Mock(), "fit")
+    assert [evaluate(writer, trainer, s) for s in (-5, -9, -1, -3)] == [
+        ("-5", "-5"),
+        ("-9", "-5"),
+        ("-1", "-1"),
+        ("-3", "-1"),
+    ]
+    calls = trainer.save_checkpoint.call_count
+    writer.on_train_end(trainer, Mock())
+    assert trainer.save_checkpoint.call_count == calls, "nothing new to save"
+    resumed, trainer = cb.RunCheckpoint(), trainer_in(tmp_path / "b")
+    resumed.setup(trainer, Mock(), "fit")
+    resumed.load_state_dict(writer.state_dict())
+    resumed.on_train_start(trainer, Mock())
+    assert (tmp_path / "b" / "checkpoints" / "best.ckpt").read_text() == "-1"
+    assert evaluate(resumed, trainer, -2) == ("-2", "-1")
+    assert evaluate(resumed, trainer, 0) == ("0", "0")
 
 
 def test_metrics_are_written_every_so_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +231,9 @@ def test_an_episode_is_recorded(name: str) -> None:
 @pytest.mark.parametrize("fault", [RuntimeError("no GL context"), None])
 def test_rendering_that_fails_is_said_before_training(fault: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     render = Mock(side_effect=fault, return_value=None)
-    monkeypatch.setattr("qsm_lightning.callbacks.video.make_render_env", lambda name: (Mock(), render))
+    monkeypatch.setattr("qsm_lightning.recording.make_render_env", lambda name: (Mock(), render))
     with pytest.raises(SettingError, match="no GL context.*MUJOCO_GL=egl" if fault else "no rgb_array"):
-        cb.EvaluationVideo().on_fit_start(stand_in(env_name="Hopper-v5"), Mock())
+        cb.EvaluationVideo().setup(stand_in(env_name="Hopper-v5"), Mock(), "fit")
 
 
 def test_envpool_is_not_rendered() -> None:

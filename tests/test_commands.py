@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pty
 import re
 import signal
 import subprocess
@@ -212,6 +214,12 @@ def test_a_signal_leaves_a_checkpoint(signum: signal.Signals, status: int, tmp_p
         (["--data.env=tests.fake_envs:FaultyObservation-v0"], "next observation is NaN or infinite at frame 50"),
         (["--data.env=tests.fake_envs:FaultyReward-v0"], "next reward is NaN or infinite at frame 50"),
         (["--model.critic_lr=1e30"], "training diverged: loss/"),
+        (["--model.actor_lr=1e30", "--data.eval_every_frames=41"], "the policy's action is NaN or infinite"),
+        pytest.param(
+            ["--data.env=dmc:cartpole/swingup", "--model.actor_lr=1e30"],
+            "the policy's action is NaN or infinite",
+            marks=needs_dmc,
+        ),
     ],
 )
 def test_a_fault_stops_training_and_names_the_last_good_checkpoint(
@@ -225,6 +233,7 @@ def test_a_fault_stops_training_and_names_the_last_good_checkpoint(
     checkpoint = run_folder(tmp_path) / "checkpoints" / "last.ckpt"
     assert ("the last good checkpoint is" in sentence) == checkpoint.exists()
     if checkpoint.exists():
+        assert torch.load(checkpoint, weights_only=True)["OffPolicyDataModule"]["progress"]["frames"] == 42
         state = torch.load(checkpoint, weights_only=True)["state_dict"]
         assert all(value.isfinite().all() for value in state.values())
 
@@ -234,7 +243,9 @@ def test_help_and_print_config_read_well(command: Command) -> None:
     for setting in ("--data.env", "--data.total_frames", "--model.critic_lr", "--ckpt_path", "--metrics.every_frames"):
         assert setting in text
     assert "gradient updates per frame" in text
-    assert "Examples:" in text
+    for line in ("qsm-fit --config conf/hopper.yaml", "--model.loss.m_q 50.0", "--model.loss.hidden [512, 512]"):
+        assert re.search(rf"^ *{re.escape(line)}$", text, re.M), line
+    assert "M_q, the inverse temperature" in text
     printed = command("qsm-fit", "--config", "dmc/quadruped_walk", "--data.num_envs", 2, "--print_config")
     config = yaml.safe_load(printed.stdout)
     assert config["data"]["env"] == "dmc:quadruped/walk"
@@ -273,6 +284,9 @@ def test_an_evaluation_video_is_switched_on_from_the_command_line(command: Comma
         ["--trainer.enable_progress_bar=false"],
         ["--trainer.max_epochs=1", "--data.eval_every_frames=30"],
         ["--trainer.fast_dev_run=true"],
+        ["--trainer.num_sanity_val_steps=1"],
+        ["--trainer.default_root_dir=null"],
+        ["--data.utd=0.01"],
         ["--data.storage=memmap", "--data.utd=0.5", "--data.num_envs=3", "--data.frames_per_batch=6"],
         ["--trainer.accelerator=cpu", "--trainer.devices=2"],
     ],
@@ -283,3 +297,77 @@ def test_trainer_flags_that_change_what_is_written(extra: list[str], command: Co
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert "final return: " in result.stdout
+
+
+def test_an_interrupted_evaluation_ends_with_its_checkpoint_and_a_second_ctrl_c_at_once(tmp_path: Path) -> None:
+    args = [*TINY, "--data.eval_every_frames=42", "--data.eval_episodes=60", "--data.total_frames=100000"]
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("qsm-fit"), *args],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("runs/*/version_0/metrics.csv")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Ctrl-C again to stop at once" in err
+    assert "interrupted; " in err.splitlines()[-1] or "resume with" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_mapped_buffers_folder_serves_one_run_after_another(command: Command, tmp_path: Path) -> None:
+    for _ in range(2):
+        result = command("qsm-fit", *TINY, "--data.storage=memmap", "--data.storage_dir=frames")
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "frames").is_dir()
+    assert not list((tmp_path / "frames").iterdir())
+
+
+def test_evaluating_more_often_does_not_change_training(
+    trained: tuple[Path, str], command: Command, tmp_path: Path
+) -> None:
+    result = command(
+        "qsm-fit", *TINY, "--seed_everything=5", "--data.eval_every_frames=20", "--data.eval_selector=best_of_n"
+    )
+    assert result.returncode == 0, result.stderr
+    ours, theirs = weights(run_folder(tmp_path)), weights(run_folder(trained[0]))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_terminal_gets_one_bar_over_all_frames(tmp_path: Path) -> None:
+    main, side = pty.openpty()
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("qsm-fit"), *TINY, "--data.eval_every_frames=30"],
+        cwd=tmp_path,
+        env=environment() | {"TERM": "xterm", "COLUMNS": "150"},
+        stdout=side,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(side)
+    shown = b""
+    while True:
+        try:
+            part = os.read(main, 4096)
+        except OSError:  # the other end was closed
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    bars = [line for line in re.split(r"[\r\n]+", text) if line.startswith("Frames")]
+    assert "60/60" in bars[-1]
+    for word in ("return:", "frames/s:", "updates/s:", "left:"):
+        assert word in bars[-1]
+    assert "Epoch" not in text
+    assert "final return: " in text

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
 
 from qsm_lightning.cli import fit
+from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.losses import QSM
+from qsm_lightning.messages import loss_settings
 from tests.helpers import CONFIGS, ROOT, SHRINK, has
 
 NAMES = [str(path.relative_to(ROOT / "conf").with_suffix("")) for path in CONFIGS]
@@ -42,5 +46,12 @@ def test_a_configuration_trains(
 def test_a_configuration_only_says_what_differs(name: str) -> None:
     content = yaml.safe_load((ROOT / "conf" / f"{name}.yaml").read_text())
     assert set(content) <= {"data", "model"}
+    data = {k: p.default for k, p in inspect.signature(OffPolicyDataModule).parameters.items()}
+    for defaults, given in (
+        ({**data, "env": None}, content["data"]),
+        (loss_settings(QSM), content.get("model", {}).get("loss", {})),
+    ):
+        for key, value in given.items():
+            assert value != defaults[key], f"{key} repeats the default"
     assert "env" in content["data"]
     assert content["data"]["env"].startswith("dmc:") == name.startswith("dmc/")

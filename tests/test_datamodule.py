@@ -102,7 +102,7 @@ def test_warm_up_actions_are_uniform_and_later_ones_are_the_policys(tmp_path: Pa
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
 def test_a_saved_buffer_comes_back_in_order(storage: Any, tmp_path: Path) -> None:
     def filled(count: int) -> Any:
-        buffer = make_replay_buffer(10, storage, str(tmp_path / f"{storage}{count}"))
+        buffer = make_replay_buffer(10, str(tmp_path / str(count)) if storage == "memmap" else None)
         for i in range(count):
             step = TensorDict({"observation": torch.tensor([float(i)]), "reward": torch.zeros(1)}, [])
             frame = TensorDict({"observation": step["observation"], "action": torch.zeros(1)}, [])
@@ -133,6 +133,7 @@ def test_memory_mapped_training_equals_training_in_memory(tmp_path: Path) -> Non
         module, data = train(tmp_path, storage=storage, storage_dir=str(tmp_path / storage))
         states.append([*module.state_dict().values(), *data.state_dict()["buffer"]["frames"].values()])
     assert (tmp_path / "memmap").exists()
+    assert not list((tmp_path / "memmap").iterdir()), "the mapped files were left behind"
     assert all(map(torch.equal, *states))
 
 

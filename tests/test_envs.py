@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 import gymnasium as gym
@@ -98,8 +99,6 @@ def test_dm_control_observations_are_the_sorted_parts_and_truncate() -> None:
 @needs_dmc
 @pytest.mark.parametrize("task", ["QuadrupedWalk", "HumanoidWalk", "FishUpright", "FingerSpin", "WalkerRun"])
 def test_envpools_dm_control_tasks_have_dm_controls_observation(task: str) -> None:
-    import re
-
     domain, name = re.findall("[A-Z][a-z]+", task)
     ours = make_env(f"envpool:{task}-v1", 2).observation_spec["observation"].shape[-1]
     assert ours == make_env(f"dmc:{domain.lower()}/{name.lower()}").observation_spec["observation"].shape[-1]

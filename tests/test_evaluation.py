@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
+from pytorch_lightning import Trainer
 from tensordict import TensorDictBase
 
+from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.envs import make_env
 from qsm_lightning.evaluation import run_episodes, summary
 from qsm_lightning.losses import QSM
+from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.seeding import Purpose, derive_seed
 
 
@@ -65,3 +72,42 @@ def test_seeds_differ_between_purposes_and_ranks() -> None:
     seeds = {derive_seed(seed, rank, purpose) for seed in range(5) for rank in range(4) for purpose in Purpose}
     assert len(seeds) == 5 * 4 * len(Purpose)
     assert derive_seed(1, 0, Purpose.TRAIN_ENV) == derive_seed(1, 0, Purpose.TRAIN_ENV)
+
+
+def test_no_environment_of_evaluation_starts_as_one_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seeds that reach gymnasium's reset, copy by copy: the same at every evaluation, none of them training's."""
+    seen: list[tuple[bool, int]] = []
+    evaluating = False
+    reset, evaluate = PendulumEnv.reset, OffPolicyDataModule.evaluate
+
+    def spy(self: PendulumEnv, *, seed: int | None = None, options: Any = None) -> Any:
+        if seed is not None:
+            seen.append((evaluating, seed))
+        return reset(self, seed=seed, options=options)
+
+    def marked(self: OffPolicyDataModule) -> Any:
+        nonlocal evaluating
+        evaluating = True
+        out = evaluate(self)
+        evaluating = False
+        return out
+
+    monkeypatch.setattr(PendulumEnv, "reset", spy)
+    monkeypatch.setattr(OffPolicyDataModule, "evaluate", marked)
+    data = OffPolicyDataModule("Pendulum-v1", 3, None, 60, 40, 8, eval_every_frames=30, eval_episodes=4)
+    module = OffPolicyModule(3, 1, partial(QSM, hidden=(8,), time_dim=4, T=2))
+    Trainer(
+        max_epochs=-1,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+    ).fit(module, data)
+    training = {seed for evaluating, seed in seen if not evaluating}
+    evaluation = {seed for evaluating, seed in seen if evaluating}
+    assert len(training) == 3
+    assert len(evaluation) == 4, "two evaluations by two selectors from the same four starts"
+    assert not training & evaluation

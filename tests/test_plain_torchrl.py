@@ -17,7 +17,7 @@ def test_the_plain_loop_runs_and_trains_every_network() -> None:
     fresh = {"denoiser": Denoiser(3, 1, (16, 16)), "critics": Critics(3, 1, (16, 16))}
     for name, network in fresh.items():
         trained = getattr(loss, name).state_dict()
-        assert any(not torch.equal(value, trained[key]) for key, value in network.state_dict().items())
+        assert not any(torch.equal(value, trained[key]) for key, value in network.state_dict().items())
     assert all(p.isfinite().all() for p in loss.parameters())
     assert -2000 < final_return < 0
     assert isinstance(loss, QSMLoss)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError, require
@@ -116,40 +116,7 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(next(filter(None, folders), trainer.default_root_dir))
 
 
-def folder(trainer: Trainer) -> Path:
-    """The run's checkpoints folder."""
-    return run_folder(trainer) / "checkpoints"
-
-
-def save_last_if_missing(trainer: Trainer) -> None:
-    """A run that ended before its first update still leaves a checkpoint."""
-    path = folder(trainer) / "last.ckpt"
-    if trainer.checkpoint_callbacks and not path.exists():
-        trainer.save_checkpoint(path, weights_only=False)
-
-
-def last_good_sentence(trainer: Trainer) -> str:
-    """Where to go on after a fault."""
-    path = folder(trainer) / "last.ckpt"
-    return f"the last good checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
-
-
 def resume_command(checkpoint: Path) -> str:
     """The command that goes on from a checkpoint of a run's folder."""
-    return f"qsm-fit --config {checkpoint.parent.parent / 'config.yaml'} --ckpt_path {checkpoint}"
-
-
-def closing_words(trainer: Trainer) -> str:
-    """Best and final return, where the checkpoints are, and what to type next."""
-    callbacks = [cb for cb in trainer.checkpoint_callbacks if isinstance(cb, ModelCheckpoint) and cb.monitor]
-    final = trainer.callback_metrics.get("eval/return")
-    lines = []
-    if final is not None:
-        best = max([final.item(), *(cb.best_model_score.item() for cb in callbacks if cb.best_model_score is not None)])
-        lines = [f"final return: {final.item():.2f}", f"best return: {best:.2f}"]
-    run = run_folder(trainer)
-    names = [str(folder(trainer) / name) for name in ("best.ckpt", "last.ckpt") if (folder(trainer) / name).exists()]
-    lines += [f"checkpoints: {', '.join(names) or 'none'}"]
-    if names:
-        lines += [f"next: qsm-eval {run}", f"      tensorboard --logdir {run}"]
-    return "\n".join(lines)
+    config = checkpoint.parent.parent / "config.yaml"
+    return shlex.join(["qsm-fit", "--config", str(config), "--ckpt_path", str(checkpoint)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import warnings
@@ -9,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import docstring_parser
 import torch
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeInt
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Callback, Trainer
@@ -22,15 +24,35 @@ from qsm_lightning import callbacks as cb
 from qsm_lightning import checkpoints
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, require
-from qsm_lightning.messages import ParserErrors, one_line, shipped_config
+from qsm_lightning.losses import QSM, QSMLoss
+from qsm_lightning.messages import ParserErrors, loss_settings, one_line, shipped_config
 from qsm_lightning.module import OffPolicyModule
 
 EPILOG = """
+Settings of the algorithm (model.loss), with their defaults:
+{loss_settings}
+
 Examples:
   qsm-fit --config conf/hopper.yaml
   qsm-fit --config hopper --data.total_frames 200000 --model.loss.m_q 20 --seed_everything 1
   qsm-fit --config runs/Hopper-v5/version_0/config.yaml --ckpt_path last
 """
+
+
+class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """jsonargparse's help, with the epilog's lines as they are."""
+
+
+def loss_help() -> str:
+    """A line for each setting of QSM: its option, default and meaning."""
+    meanings: dict[str, str | None] = {}
+    for cls in (QSMLoss, QSM):
+        meanings |= {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
+    lines = []
+    for name, default in loss_settings(QSM).items():
+        value = list(default) if isinstance(default, tuple) else default
+        lines.append(f"  --model.loss.{name} {value}\n      {one_line(meanings[name])}")
+    return "\n".join(lines)
 
 
 class FitParser(ParserErrors, LightningArgumentParser):
@@ -48,7 +70,7 @@ class FitCLI(LightningCLI):
     """LightningCLI without subcommands, with this project's callbacks, loggers and run folders."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = FitParser(**kwargs, epilog=EPILOG)
+        parser = FitParser(**kwargs, epilog=EPILOG.format(loss_settings=loss_help()), formatter_class=HelpFormatter)
         parser.add_argument(
             "-c",
             "--config",
@@ -81,8 +103,13 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer of the configuration, logging to <default_root_dir>/<name>/<version>."""
         settings = self.config_init["trainer"]
-        root = Path(settings["default_root_dir"])
+        root = Path(settings["default_root_dir"] or "runs")
         checkpoints.check_writable(root)
+        require(
+            settings["check_val_every_n_epoch"] == 1 and settings["val_check_interval"] is None,
+            "trainer.check_val_every_n_epoch and trainer.val_check_interval are not used: data.eval_every_frames "
+            "sets how often the policy is evaluated",
+        )
         require(
             settings["accelerator"] not in ("gpu", "cuda") or torch.cuda.is_available(),
             f"trainer.accelerator is {settings['accelerator']!r}: there is no GPU here; use cpu or auto",
@@ -91,17 +118,25 @@ class FitCLI(LightningCLI):
             name = self.config["name"] or run_name(self.config["data"]["env"])
             board = TensorBoardLogger(str(root), name, default_hp_metric=False)
             kwargs["logger"] = [board, CSVLogger(str(root), name, board.version, flush_logs_every_n_steps=1)]
-        if settings["strategy"] == "auto" and settings["devices"] not in (1, "1", "auto"):
+        if settings["strategy"] == "auto" and several_devices(settings):
             # each update's two backward passes use only a part of the module
             kwargs["strategy"] = "ddp_find_unused_parameters_true"
-        own: list[Callback] = [cb.CheckpointOnSignal(), cb.StopOnNonFinite()]
+        own: list[Callback] = [cb.StopOnNonFinite(), cb.CheckpointOnSignal()]
         if settings["enable_progress_bar"] is not False:
             own.append(cb.FrameProgress())
         if settings["enable_checkpointing"] is not False:
-            own += [cb.best_checkpoint(), cb.last_checkpoint()]
+            own.append(cb.RunCheckpoint())
         given = settings["callbacks"] or []
         kwargs["callbacks"] = own + (given if isinstance(given, list) else [given])
         return super().instantiate_trainer(**kwargs)
+
+
+def several_devices(settings: Any) -> bool:
+    """Whether the trainer's settings ask for more than one process."""
+    if settings["devices"] == "auto":
+        gpus = torch.cuda.device_count() if settings["accelerator"] in ("auto", "gpu", "cuda") else 0
+        return gpus > 1 or settings["num_nodes"] > 1
+    return settings["devices"] not in (1, "1") or settings["num_nodes"] > 1
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -168,13 +203,32 @@ def _fit(args: list[str] | None) -> None:
         checkpoints.check_resumable(ckpt_path, cli.model, cli.datamodule)
     if trainer.is_global_zero:
         print(f"qsm-fit: {checkpoints.run_folder(trainer)}", flush=True)
+    writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), cb.RunCheckpoint())
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     except TrainingFault as fault:
-        raise TrainingFault(f"{fault}; {checkpoints.last_good_sentence(trainer)}") from fault
-    checkpoints.save_last_if_missing(trainer)
+        saved = writer.saved_at_frames is not None
+        where = f"the last good checkpoint is {writer.last}" if saved else "there is no checkpoint yet"
+        raise TrainingFault(f"{fault}; {where}") from fault
+    except MisconfigurationException as error:
+        raise SettingError(one_line(error)) from error
     if trainer.is_global_zero:
-        print(checkpoints.closing_words(trainer))
+        print(closing_words(trainer, writer))
+
+
+def closing_words(trainer: Trainer, writer: cb.RunCheckpoint) -> str:
+    """Final and best return, where the checkpoints are, and what to type next."""
+    final = trainer.callback_metrics.get("eval/return")
+    lines = []
+    if final is not None:
+        best = final.item() if writer.best_return is None else writer.best_return
+        lines = [f"final return: {final.item():.2f}", f"best return: {best:.2f}"]
+    files = [str(path) for path in (writer.best, writer.last) if path is not None and path.is_file()]
+    if writer.saved_at_frames is None:
+        return "\n".join([*lines, "checkpoints: none"])
+    run = checkpoints.run_folder(trainer)
+    lines += [f"checkpoints: {', '.join(files)}", f"next: qsm-eval {run}"]
+    return "\n".join([*lines, f"      tensorboard --logdir {run}"] if trainer.loggers else lines)
 
 
 def evaluate(args: list[str] | None = None) -> None:
@@ -194,11 +248,8 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
     except TrainingFault as error:
         _stop(prog, str(error), 3)
     except Interrupted as stop:
-        _stop(
-            prog,
-            f"{stop}\nresume with: {checkpoints.resume_command(Path(stop.checkpoint))}",
-            128 + stop.signum,
-        )
+        resume = f"\nresume with: {checkpoints.resume_command(Path(stop.checkpoint))}" if stop.checkpoint else ""
+        _stop(prog, f"{stop}{resume}", 128 + stop.signum)
     except KeyboardInterrupt:
         _stop(prog, "interrupted; nothing was saved since the last checkpoint", 130)
 

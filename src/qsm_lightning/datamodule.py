@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, cast
 
 import torch
@@ -14,7 +17,7 @@ from torchrl.envs import EnvBase
 
 from qsm_lightning.collect import Progress, RecentExperience, check_finite, make_collector
 from qsm_lightning.envs import make_env
-from qsm_lightning.errors import require, require_positive
+from qsm_lightning.errors import TrainingFault, require, require_positive
 from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.replay import FRAME_KEYS, Storage, buffer_state, load_buffer_state, make_replay_buffer
@@ -61,7 +64,7 @@ class OffPolicyDataModule(LightningDataModule):
         batch_size: frames per gradient update, on each rank.
         buffer_size: capacity of the replay buffer in frames.
         storage: where the buffer lives: memory, or memmap (files mapped into memory).
-        storage_dir: folder for memmap; a temporary one by default.
+        storage_dir: folder in which memmap makes its own, removed at the end; trainer.default_root_dir by default.
         utd: gradient updates per frame; may be a fraction.
         eval_every_frames: frames between evaluations (an epoch), rounded up to whole batches.
         eval_episodes: episodes of each evaluation, from the same starts every time.
@@ -114,6 +117,11 @@ class OffPolicyDataModule(LightningDataModule):
             f"({init_random_frames})",
         )
         require(
+            total_frames > init_random_frames,
+            f"data.total_frames is {total_frames}: nothing would be learned, as the warm-up, data.init_random_frames, "
+            f"takes {init_random_frames}; give a greater number",
+        )
+        require(
             buffer_size >= batch_size,
             f"data.buffer_size is {buffer_size}: it must be at least data.batch_size ({batch_size})",
         )
@@ -136,6 +144,7 @@ class OffPolicyDataModule(LightningDataModule):
         self.progress = Progress()
         self.recent = RecentExperience()
         self._eval_env: EnvBase | None = None
+        self._files: TemporaryDirectory[str] | None = None
         self._chunks: Iterator[TensorDictBase] | None = None
 
     # What Lightning asks for.
@@ -159,10 +168,13 @@ class OffPolicyDataModule(LightningDataModule):
             self.frames_per_batch,
             math.ceil(max(0, self.init_random_frames - frames) / self._ranks),
         )
+        if self.storage == "memmap":
+            folder = Path(self.storage_dir or self.trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._files = TemporaryDirectory(prefix="replay-", dir=folder)
         self.buffer = make_replay_buffer(
             math.ceil(self.buffer_size / self._ranks),
-            self.storage,
-            self.storage_dir,
+            self._files.name if self._files else None,
             derive_seed(seed, rank, Purpose.SAMPLER, frames),
         )
         self._chunks = iter(self.collector)
@@ -190,7 +202,8 @@ class OffPolicyDataModule(LightningDataModule):
         """Collect a chunk, store it, and sample the updates it is worth: [u, batch_size], u = 0 in the warm-up."""
         assert self._chunks is not None
         assert self.trainer is not None
-        chunk = next(self._chunks)
+        with self._fault_tells_frame():
+            chunk = next(self._chunks)
         chunk = (chunk.transpose(0, 1) if chunk.ndim == 2 else chunk).reshape(-1)  # in the order of time
         check_finite(chunk, self.progress.frames)
         self.progress.frames += chunk.numel() * self._ranks
@@ -208,16 +221,20 @@ class OffPolicyDataModule(LightningDataModule):
         """Evaluated episodes of each selector: {selector: {return: [E], length: [E]}}."""
         if self._eval_env is None:
             self._eval_env = make_env(self.env_name, self.eval_episodes)
-        seed = global_seed()
-        return {
-            selector: run_episodes(
-                self._eval_env,
-                self._loss.evaluation_policy(selector, self.eval_candidates),
-                derive_seed(seed, 0, Purpose.EVAL_ENV),
-                derive_seed(seed, 0, Purpose.EVAL_NOISE),
-            )
-            for selector in self.eval_selectors
-        }
+        seeds = [derive_seed(global_seed(), 0, purpose) for purpose in (Purpose.EVAL_ENV, Purpose.EVAL_NOISE)]
+        episodes = {}
+        for selector in self.eval_selectors:
+            policy = self._loss.evaluation_policy(selector, self.eval_candidates)
+            with self._fault_tells_frame():
+                episodes[selector] = run_episodes(self._eval_env, policy, *seeds)
+        return episodes
+
+    @contextmanager
+    def _fault_tells_frame(self) -> Iterator[None]:
+        try:
+            yield
+        except TrainingFault as fault:
+            raise TrainingFault(f"{fault}, after frame {self.progress.frames}") from fault
 
     def take_recent(self) -> RecentExperience:
         """What was collected since the last call."""
@@ -240,7 +257,9 @@ class OffPolicyDataModule(LightningDataModule):
         load_buffer_state(self.buffer, state_dict["buffer"])
 
     def teardown(self, stage: str) -> None:
-        """Close the environments when training ends."""
+        """Close the environments and remove the mapped files when training ends."""
         for env in (self.env, self._eval_env):
             if env is not None and not env.is_closed:
                 env.close(raise_if_closed=False)
+        if self._files is not None:
+            self._files.cleanup()

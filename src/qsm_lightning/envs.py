@@ -35,7 +35,7 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
-from qsm_lightning.errors import SettingError, require
+from qsm_lightning.errors import SettingError, TrainingFault, require
 
 # Observation keys that envpool adds to a dm_control task for the sake of its domain's other tasks.
 ENVPOOL_EXTRA_KEYS = {
@@ -88,6 +88,11 @@ def make_env(name: str, num_envs: int = 1) -> EnvBase:
 
 
 def _check_bounds(name: str, low: np.ndarray, high: np.ndarray) -> None:
+    require(
+        low.ndim == 1,
+        f"data.env is {name!r}: its actions have the shape {low.shape}, and a policy gives a vector; flatten them in a "
+        "gymnasium.ActionWrapper",
+    )
     require(
         bool(np.isfinite(low).all() and np.isfinite(high).all()),
         f"data.env is {name!r}: its actions are unbounded, and only bounded ones can be scaled to [-1, 1]; "
@@ -160,9 +165,24 @@ def _dmc_env(task: str) -> EnvBase:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else "write it as dmc:domain/task, such as dmc:cartpole/swingup"
         raise SettingError(f"data.env is {name!r}: dm_control has no such task; {hint}")
-    env = DMControlEnv(domain, task)
+    env = _dm_control_class()(domain, task)
     _check_bounds(name, env.action_spec.space.low.numpy(), env.action_spec.space.high.numpy())
     return env
+
+
+def _dm_control_class() -> type[DMControlEnv]:
+    from dm_control.rl.control import PhysicsError
+
+    class CheckedDMControlEnv(DMControlEnv):
+        """A simulation that blows up ends training with a sentence."""
+
+        def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+            try:
+                return super()._step(tensordict)
+            except PhysicsError as error:
+                raise TrainingFault(f"the simulation of {self.env_name}/{self.task_name} failed ({error})") from error
+
+    return CheckedDMControlEnv
 
 
 class EnvpoolEnv(EnvBase):
@@ -185,7 +205,8 @@ class EnvpoolEnv(EnvBase):
         space = self._env.action_space
         require(
             isinstance(space, gym.spaces.Box),
-            f"data.env is {name!r}: its actions are {space}, and a diffusion policy needs a Box action space",
+            f"data.env is {name!r}: its actions are {space}, and a diffusion policy needs a continuous "
+            "Box action space; choose an environment with continuous actions, such as envpool:Pendulum-v1",
         )
         _check_bounds(name, space.low, space.high)
         self._mid, self._half = (space.high + space.low) / 2, (space.high - space.low) / 2

@@ -12,10 +12,13 @@ class TrainingFault(RuntimeError):
 
 
 class Interrupted(Exception):
-    """A signal stopped the run after a checkpoint was written (exit status 128 + signal number)."""
+    """A signal stopped the run; ``checkpoint`` is what it wrote before, if anything (exit status 128 + number)."""
 
-    def __init__(self, signum: int, checkpoint: str) -> None:
-        super().__init__(f"interrupted; the state of the run is in {checkpoint}")
+    def __init__(self, signum: int, checkpoint: str | None) -> None:
+        where = (
+            f"the state of the run is in {checkpoint}" if checkpoint else "nothing was saved since the last checkpoint"
+        )
+        super().__init__(f"interrupted; {where}")
         self.signum = signum
         self.checkpoint = checkpoint
 

@@ -13,7 +13,7 @@ from qsm_lightning.envs import make_env
 from qsm_lightning.errors import SettingError, require
 from qsm_lightning.evaluation import run_episodes, summary
 from qsm_lightning.module import OffPolicyModule
-from qsm_lightning.recording import check_video_path, record_episode, write_video
+from qsm_lightning.recording import check_renderable, check_video_path, record_episode, write_video
 from qsm_lightning.seeding import Purpose, derive_seed
 
 
@@ -52,6 +52,8 @@ def run(args: list[str] | None = None) -> None:
     path = checkpoints.find(options.checkpoint)
     checkpoint = checkpoints.load(path)
     name = checkpoint["datamodule_hyper_parameters"]["env"]
+    if options.video:
+        check_renderable(name)
     module = OffPolicyModule(**checkpoint["hyper_parameters"])
     module.load_state_dict(checkpoint["state_dict"])
     policy = module.loss.evaluation_policy(options.selector, options.candidates)

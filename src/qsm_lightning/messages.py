@@ -24,7 +24,7 @@ def shipped_config(value: str) -> str:
         SettingError: when there is neither, or the file is not a YAML mapping.
     """
     name = str(value).removesuffix(".yaml").removeprefix("conf/")
-    path = Path(value) if Path(value).exists() else SHIPPED / f"{name}.yaml"
+    path = Path(value) if Path(value).is_file() else SHIPPED / f"{name}.yaml"
     if not path.is_file():
         known = sorted(str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.rglob("*.yaml"))
         raise SettingError(f"--config is {value!r}: there is no such file; shipped ones are {', '.join(known)}")
@@ -59,7 +59,7 @@ def sentence(message: str, known: list[str]) -> str:
     if option is not None and "accept" in text:
         group = re.search(r"Group '([^']+)'", text)
         return _unknown(".".join(filter(None, [group[1] if group else key, option[1]])), known)
-    if key == "model.loss" and "import path" in text:
+    if key == "model.loss" and ("import path" in text or "expects a function" in text):
         return f"model.loss: there is no such loss; choose one of {losses.__name__}, such as QSM"
     return _expected(key, one_line(text)) if key else one_line(text)
 
@@ -84,6 +84,17 @@ def _unknown(key: str, known: list[str]) -> str:
     return f"{key} is not a setting; " + (f"did you mean {best}?" if best else "see qsm-fit --help")
 
 
+def loss_settings(cls: type) -> dict[str, Any]:
+    """Names and defaults of a loss's settings; ``**settings`` stands for those of the class it extends."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        own = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        parameters |= {name: p for name, p in own.items() if name not in parameters}
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
 class ParserErrors:
     """Mixin for a jsonargparse parser: its errors as :class:`SettingError`, without the usage before them."""
 
@@ -95,6 +106,5 @@ class ParserErrors:
         if not self.exit_on_error:
             super().error(message, ex)  # type: ignore[misc]
         known = [action.dest for action in self._actions if action.dest not in ("help", "config")]
-        for name in losses.__all__:
-            known += [f"model.loss.{parameter}" for parameter in inspect.signature(getattr(losses, name)).parameters]
+        known += [f"model.loss.{name}" for name in loss_settings(losses.QSM)]
         raise SettingError(sentence(message, known)) from ex

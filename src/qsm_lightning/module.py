@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from qsm_lightning import losses
 from qsm_lightning.datamodule import datamodule_of
-from qsm_lightning.errors import SettingError, require, require_positive
+from qsm_lightning.errors import SettingError, TrainingFault, require, require_positive
 from qsm_lightning.losses import QSM, OffPolicyLoss
 
 LossFactory = Callable[[int, int], OffPolicyLoss]
@@ -91,6 +91,8 @@ class OffPolicyModule(LightningModule):
         for i, (selector, episodes) in enumerate(batch.items()):
             prefix = "eval" if i == 0 else f"eval_{selector}"
             returns = episodes["return"]
+            if not returns.isfinite().all():
+                raise TrainingFault(f"{prefix}/return is NaN or infinite after frame {frames}")
             self.log_dict(
                 {
                     f"{prefix}/return": returns.mean(),

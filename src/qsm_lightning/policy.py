@@ -7,6 +7,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from qsm_lightning.errors import TrainingFault
 from qsm_lightning.sampler import Sampler
 
 
@@ -19,6 +20,9 @@ class Policy(TensorDictModuleBase):
     """Writes ``action`` [..., A] for ``observation`` [..., O]; subclasses change :meth:`act`.
 
     Observations are moved to the device of the networks and actions back, so environments may live elsewhere.
+
+    Raises:
+        TrainingFault: when an action is NaN or infinite.
     """
 
     in_keys = ["observation"]
@@ -36,6 +40,8 @@ class Policy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         observation = tensordict["observation"]
         action = self.act(observation.reshape(-1, observation.shape[-1]).to(next(self.parameters())))
+        if not action.isfinite().all():  # before an environment meets it
+            raise TrainingFault("training diverged: the policy's action is NaN or infinite")
         return tensordict.set("action", action.view(*observation.shape[:-1], -1).to(observation))
 
 

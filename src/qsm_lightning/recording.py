@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +58,14 @@ def render_frame(name: str, render: Callable[[], np.ndarray]) -> np.ndarray:
     return np.asarray(frame)
 
 
+def check_renderable(name: str) -> None:
+    """Render one frame, or raise a :class:`SettingError` that says how to make rendering work."""
+    env, render = make_render_env(name)
+    env.reset()
+    render_frame(name, render)
+    env.close()
+
+
 def picture_strip(frames: np.ndarray, count: int = 8, height: int = 160) -> np.ndarray:
     """``count`` frames at equal distances side by side, [height', width', 3]; each at most ``height`` high."""
     step = max(1, frames.shape[1] // height)
@@ -66,6 +75,12 @@ def picture_strip(frames: np.ndarray, count: int = 8, height: int = 160) -> np.n
 
 def check_video_path(path: str) -> None:
     """Raise :class:`SettingError` unless ``path`` can become a video here."""
+    folder = Path(path).resolve().parent
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    require(
+        existing.is_dir() and os.access(existing, os.W_OK),
+        f"--video is {path!r}: {existing} cannot be written; choose another folder",
+    )
     require(Path(path).suffix in SUFFIXES, f"--video is {path!r}: the name must end in .mp4 or .gif")
     if Path(path).suffix == ".mp4":
         try:

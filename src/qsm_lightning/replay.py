@@ -21,18 +21,15 @@ FRAME_KEYS = (
 )
 
 
-def make_replay_buffer(
-    size: int, storage: Storage = "memory", storage_dir: str | None = None, seed: int = 0
-) -> TensorDictReplayBuffer:
+def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> TensorDictReplayBuffer:
     """A ring of ``size`` frames sampled uniformly, by a generator of its own.
 
     Args:
         size: capacity in frames.
-        storage: ``memory``, or ``memmap`` for files mapped into memory.
-        storage_dir: folder of the mapped files; a temporary one by default.
+        folder: where to keep the frames in files mapped into memory, an empty folder; in memory by default.
         seed: seed of the sampler.
     """
-    frames = LazyTensorStorage(size) if storage == "memory" else LazyMemmapStorage(size, scratch_dir=storage_dir)
+    frames = LazyTensorStorage(size) if folder is None else LazyMemmapStorage(size, scratch_dir=folder)
     buffer = TensorDictReplayBuffer(storage=frames)
     buffer.set_rng(torch.Generator().manual_seed(seed))
     return buffer

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -186,14 +186,7 @@ class QSM(QSMLoss):
         time_dim: number of Fourier features of the time index, even.
         schedule: noise schedule: vp, cosine or linear.
         T: number of denoising steps, at least 1.
-        gamma: discount, in [0, 1].
-        tau: Polyak rate of the target critics, in (0, 1].
-        m_q: M_q, the inverse temperature (the paper's alpha), above 0.
-        score_at: take the critics' gradient at the noisy action (authors' code) or the clean one (paper's box).
-        q_grad: mean of the critics' gradients (authors' code), or gradient of the smaller critic (min_q).
-        temperature: factor on the noise inside the reverse process, not negative.
-        clip_sampler: clip the action to [-1, 1] after every step of the reverse process, not only at its end.
-        action_noise: deviation of the noise added to actions when collecting and in the TD target.
+        **settings: the settings of :class:`QSMLoss`.
     """
 
     def __init__(
@@ -204,31 +197,14 @@ class QSM(QSMLoss):
         time_dim: int = 64,
         schedule: ScheduleName = "vp",
         T: int = 5,
-        gamma: float = 0.99,
-        tau: float = 0.005,
-        m_q: float = 50.0,
-        score_at: Literal["noisy", "clean"] = "noisy",
-        q_grad: Literal["mean", "min_q"] = "mean",
-        temperature: float = 1.0,
-        clip_sampler: bool = True,
-        action_noise: float = 0.1,
+        **settings: Any,
     ) -> None:
         require(len(hidden) > 0, "hidden is empty: give at least one layer width, such as [256, 256]")
-        require(
-            all(width > 0 for width in hidden),
-            f"hidden is {list(hidden)}: every width must be greater than 0",
-        )
+        require(all(width > 0 for width in hidden), f"hidden is {list(hidden)}: every width must be greater than 0")
         require(time_dim > 0 and time_dim % 2 == 0, f"time_dim is {time_dim}: it must be even and greater than 0")
         super().__init__(
             Denoiser(observation_dim, action_dim, hidden, time_dim),
             Critics(observation_dim, action_dim, hidden),
             NoiseSchedule(schedule, T),
-            gamma=gamma,
-            tau=tau,
-            m_q=m_q,
-            score_at=score_at,
-            q_grad=q_grad,
-            temperature=temperature,
-            clip_sampler=clip_sampler,
-            action_noise=action_noise,
+            **settings,
         )
