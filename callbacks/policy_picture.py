@@ -23,12 +23,12 @@ GRID = 41  # points per axis of the landscape
 
 
 class PolicyPicture(Callback):
-    """After evaluations, write ``policy`` to TensorBoard: a row per fixed state, with sampled actions.
+    """After evaluations, write ``policy`` to TensorBoard: the sampled actions in fixed states.
 
     One-dimensional actions: Q over the action, arrows along grad_a Q, and the samples' histogram. More dimensions: a
-    column per pair of neighbouring components, Q as colours, grad_a Q as arrows, samples as discs whose area is their
-    share; the components not shown stay at the samples' mean. A loss without ``critics`` and ``q_gradient`` gets no
-    picture.
+    row per state and a column per pair of neighbouring components, Q as colours, grad_a Q as arrows, samples as discs
+    whose area is their share; the components not shown stay at the samples' mean. A loss without ``critics`` and
+    ``q_gradient`` gets no picture.
 
     Args:
         every_evaluations: evaluations between two pictures; 0 for none.
@@ -90,8 +90,9 @@ def draw_policy(loss: OffPolicyLoss, observations: Tensor, samples: int = 200) -
         actions = [policy.act(o.expand(samples, -1)).detach() for o in observations]
     action_dim = actions[0].shape[-1]
     pairs = list(pairwise(range(action_dim)))[:4] if action_dim > 1 else [(0, 0)]
-    figure = matplotlib.figure.Figure(figsize=(4 * len(pairs) + 1, 3.2 * len(observations)), layout="constrained")
-    axes = figure.subplots(len(observations), len(pairs), squeeze=False)
+    rows, columns = (1, len(observations)) if action_dim == 1 else (len(observations), len(pairs))
+    figure = matplotlib.figure.Figure(figsize=(4 * columns + 1, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).reshape(len(observations), len(pairs))
     for row, (observation, action) in enumerate(zip(observations, actions, strict=True)):
         for column, pair in enumerate(pairs):
             draw = _draw_line if action_dim == 1 else _draw_plane

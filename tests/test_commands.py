@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -179,9 +181,9 @@ def test_a_run_goes_on_from_its_last_checkpoint(trained: tuple[Path, str], comma
     )
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_a_checkpoint(signum: signal.Signals, status: int, tmp_path: Path) -> None:
-    args = [*TINY, "--data.total_frames=1000000", "--data.eval_every_frames=1000000"]
+@contextmanager
+def training(tmp_path: Path, *args: str) -> Iterator[subprocess.Popen[str]]:
+    """qsm-fit as a process that has begun to write metrics."""
     process = subprocess.Popen(
         [Path(sys.executable).with_name("qsm-fit"), *args],
         cwd=tmp_path,
@@ -193,12 +195,19 @@ def test_a_signal_leaves_a_checkpoint(signum: signal.Signals, status: int, tmp_p
     try:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("runs/*/version_0/metrics.csv")) and time.monotonic() < deadline:
-            time.sleep(0.2)
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint(signum: signal.Signals, status: int, tmp_path: Path) -> None:
+    args = [*TINY, "--data.total_frames=1000000", "--data.eval_every_frames=1000000"]
+    with training(tmp_path, *args) as process:
         time.sleep(1)
         process.send_signal(signum)
         _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == status, err
     checkpoint = run_folder(tmp_path).relative_to(tmp_path) / "checkpoints" / "last.ckpt"
     assert str(checkpoint) in err
@@ -301,24 +310,11 @@ def test_trainer_flags_that_change_what_is_written(extra: list[str], command: Co
 
 def test_an_interrupted_evaluation_ends_with_its_checkpoint_and_a_second_ctrl_c_at_once(tmp_path: Path) -> None:
     args = [*TINY, "--data.eval_every_frames=42", "--data.eval_episodes=60", "--data.total_frames=100000"]
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name("qsm-fit"), *args],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("runs/*/version_0/metrics.csv")) and time.monotonic() < deadline:
-            time.sleep(0.1)
+    with training(tmp_path, *args) as process:
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert process.returncode == 130, err
     assert "Ctrl-C again to stop at once" in err
     assert "interrupted; " in err.splitlines()[-1] or "resume with" in err.splitlines()[-1]
