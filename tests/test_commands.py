@@ -247,6 +247,15 @@ def test_a_fault_stops_training_and_names_the_last_good_checkpoint(
         assert all(value.isfinite().all() for value in state.values())
 
 
+def test_a_fault_after_a_resume_names_the_checkpoint_it_came_from(command: Command, tmp_path: Path) -> None:
+    assert command("qsm-fit", *TINY, "--data.env=tests.fake_envs:Bandit-v0").returncode == 0
+    checkpoint = run_folder(tmp_path) / "checkpoints" / "last.ckpt"
+    args = ["--data.env=tests.fake_envs:FaultyReward-v0", "--data.total_frames=500", "--data.eval_every_frames=500"]
+    result = command("qsm-fit", *TINY, *args, "--ckpt_path", checkpoint)
+    assert result.returncode == 3
+    assert f"next reward is NaN or infinite at frame 110; the last good checkpoint is {checkpoint}" in result.stderr
+
+
 def test_help_and_print_config_read_well(command: Command) -> None:
     text = command("qsm-fit", "--help").stdout
     for setting in ("--data.env", "--data.total_frames", "--model.critic_lr", "--ckpt_path", "--metrics.every_frames"):

@@ -207,8 +207,8 @@ def _fit(args: list[str] | None) -> None:
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
     except TrainingFault as fault:
-        saved = writer.saved_at_frames is not None
-        where = f"the last good checkpoint is {writer.last}" if saved else "there is no checkpoint yet"
+        good = ckpt_path if writer.saved_at_frames is None else writer.last
+        where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         raise TrainingFault(f"{fault}; {where}") from fault
     except MisconfigurationException as error:
         raise SettingError(one_line(error)) from error
