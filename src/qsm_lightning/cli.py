@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -255,6 +257,8 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
 
 
 def _stop(prog: str, message: str, status: int) -> NoReturn:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends now, with this status
     print(f"{prog}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
