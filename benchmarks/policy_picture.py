@@ -11,12 +11,13 @@ import torch
 
 from qsm_lightning import checkpoints
 from qsm_lightning.callbacks.policy_picture import draw_policy
+from qsm_lightning.evaluate_command import find
 from qsm_lightning.module import OffPolicyModule
 
 
 def main(run: str, out: str, states: int = 3) -> None:
     """Draw ``states`` observations spread over the replay buffer that the checkpoint holds."""
-    checkpoint = checkpoints.load(checkpoints.find(run))
+    checkpoint = checkpoints.load(find(run))
     module = OffPolicyModule(**checkpoint["hyper_parameters"])
     module.load_state_dict(checkpoint["state_dict"])
     observations = checkpoint["OffPolicyDataModule"]["buffer"]["frames"]["observation"]

@@ -1,9 +1,10 @@
-"""The checkpoints of a run: the last, and the best by evaluation return, both written after evaluations."""
+"""The checkpoints of a run: after every evaluation, and whenever a run is stopped."""
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,75 +12,128 @@ from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 from typing_extensions import override
 
-from qsm_lightning.checkpoints import run_folder
+from qsm_lightning import checkpoints
 from qsm_lightning.datamodule import datamodule_of
+from qsm_lightning.errors import EnvironmentFault, Interrupted, require
+from qsm_lightning.runs import CHECKPOINTS, run_folder
+
+RETRY_SECONDS = 60.0
 
 
 class RunCheckpoint(Checkpoint):
-    """Writes ``checkpoints/last.ckpt`` after every evaluation, and copies it to ``best.ckpt`` at a new best return.
+    """Writes ``checkpoints/<frame>`` after every evaluation, keeps the newest and the best, goes on where one ended.
 
-    Frames are the clock, so an evaluation is followed by a checkpoint whether or not an optimizer has stepped since the
-    last one (``ModelCheckpoint`` goes by ``global_step`` and would leave such ones out). A resumed run keeps its best:
-    score and file come along.
+    A checkpoint is complete or absent (:mod:`qsm_lightning.checkpoints`). Replay frames are written once, into files
+    that checkpoints share. Frames are the clock (``ModelCheckpoint`` goes by ``global_step``, and would leave out
+    evaluations before the first update). When the disk is full the run goes on, and a later attempt is made. When a
+    signal or a failed environment ends the run, its state is written first.
+
+    Args:
+        every_frames: also after so many frames; null for evaluations alone.
+        keep_last: newest checkpoints to keep; the one with the best evaluation return stays too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every_frames: int | None = None, keep_last: int = 2) -> None:
+        require(
+            every_frames is None or every_frames > 0,
+            f"checkpoint.every_frames is {every_frames}: it must be greater than 0, or null",
+        )
+        require(keep_last > 0, f"checkpoint.keep_last is {keep_last}: it must be greater than 0")
+        self.every_frames = every_frames
+        self.keep_last = keep_last
         self.best_return: float | None = None
-        self.saved_at_frames: int | None = None
-        self.last: Path | None = None
-        self.best: Path | None = None
+        self.saved_at_frames = 0
+        self.last: checkpoints.Checkpoint | None = None
+        self.wanted = False
+        self._training = False
+        self._retry_at: float | None = None
 
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.last = run_folder(trainer) / "checkpoints" / "last.ckpt"
+    @property
+    def best(self) -> checkpoints.Checkpoint | None:
+        """The kept checkpoint with the highest evaluation return."""
+        return checkpoints.best(self.last.path.parent) if self.last else None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.best is not None and self.best.is_file() and self.best.parent != self._last.parent:
-            self._copy_to_best(trainer, self.best)
+        self._training = True
+        self.saved_at_frames = datamodule_of(trainer).progress.frames
+        if trainer.ckpt_path:
+            self.last = checkpoints.Checkpoint(Path(trainer.ckpt_path).parent)
+            if trainer.is_global_zero:
+                checkpoints.set_aside_after(self.last)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        data = datamodule_of(trainer)
+        new = data.progress.frames - self.saved_at_frames
+        due = self.every_frames is not None and new >= self.every_frames and not data.evaluation_owed
+        retry = self._retry_at is not None and time.monotonic() >= self._retry_at
+        if due or retry or self.wanted:
+            self.save(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         score = trainer.callback_metrics["eval/return"].item()
-        improved = self.best_return is None or score > self.best_return
-        if improved:
-            self.best_return, self.best = score, self._last.with_name("best.ckpt")
-        self.save(trainer)
-        if improved:
-            self._copy_to_best(trainer, self._last)
+        self.best_return = score if self.best_return is None else max(score, self.best_return)
+        self.save(trainer, score)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A run that ended without an evaluation still leaves its state."""
-        if datamodule_of(trainer).progress.frames != self.saved_at_frames and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        frames = datamodule_of(trainer).progress.frames
+        if (frames != self.saved_at_frames or self._retry_at is not None) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)
 
-    def save(self, trainer: Trainer) -> Path:
-        """Write ``last.ckpt``; returns its path."""
-        self.saved_at_frames = datamodule_of(trainer).progress.frames
-        trainer.save_checkpoint(self._last, weights_only=False)
-        return self._last
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The learner's state is sound when a signal or an environment ended the run: write it."""
+        if isinstance(exception, (Interrupted, EnvironmentFault)):
+            if self._training and not getattr(exception, "at_once", False):
+                self.save(trainer)
+            exception.checkpoint = self.last.path if self.last else None
+
+    def save(self, trainer: Trainer, eval_return: float | None = None) -> None:
+        """Write a checkpoint, and remove those that are not kept; on a full disk, warn and try again later."""
+        self.wanted = False
+        try:
+            self._save(trainer, eval_return)
+        except OSError as error:
+            self._retry_at = time.monotonic() + RETRY_SECONDS
+            kept = f"the last one is {self.last.path}" if self.last else "there is none yet"
+            warnings.warn(f"no checkpoint could be written ({error}): {kept}; trying again later", stacklevel=2)
+
+    def _save(self, trainer: Trainer, eval_return: float | None) -> None:
+        data = datamodule_of(trainer)
+        folder = self._folder(trainer)
+        replay = data.save_replay(folder / checkpoints.REPLAY)
+        with checkpoints.staging(folder, trainer.is_global_zero) as stage:
+            trainer.save_checkpoint(stage / checkpoints.STATE, weights_only=False)
+            if trainer.is_global_zero:
+                self._flush_curves(trainer)  # no curve ends before a checkpoint of its run
+                self.last = checkpoints.publish(stage, data.progress.frames, eval_return, replay)
+                checkpoints.thin_out(folder, self.keep_last)
+        self.saved_at_frames, self._retry_at = data.progress.frames, None
+
+    def _flush_curves(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            with contextlib.suppress(OSError):
+                if callable(flush := getattr(getattr(logger, "experiment", None), "flush", None)):
+                    flush()
+
+    def _folder(self, trainer: Trainer) -> Path:
+        """A resumed run goes on in the folder of the checkpoint it came from."""
+        if trainer.ckpt_path:
+            return Path(trainer.ckpt_path).parent.parent
+        return run_folder(trainer) / CHECKPOINTS
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"best_return": self.best_return, "best": str(self.best) if self.best else None}
+        return {"best_return": self.best_return}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_return = state_dict["best_return"]
-        self.best = Path(state_dict["best"]) if state_dict["best"] else None
-
-    @property
-    def _last(self) -> Path:
-        assert self.last is not None, "used outside of a trainer"
-        return self.last
-
-    def _copy_to_best(self, trainer: Trainer, source: Path) -> None:
-        if trainer.is_global_zero:
-            target = self._last.with_name("best.ckpt")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target.with_suffix(".tmp"))
-            os.replace(target.with_suffix(".tmp"), target)
-        self.best = self._last.with_name("best.ckpt")

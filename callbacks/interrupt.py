@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: write a checkpoint, then stop."""
+"""Ctrl-C, SIGTERM and SIGUSR1: stop with a checkpoint, or write one and go on."""
 
 from __future__ import annotations
 
@@ -12,28 +12,38 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from qsm_lightning.callbacks.checkpoint import RunCheckpoint
+from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.errors import Interrupted
 
 
-class CheckpointOnSignal(Callback):
-    """On SIGINT or SIGTERM finish the batch or evaluation under way, write ``last.ckpt`` and raise ``Interrupted``.
+class StopOnSignal(Callback):
+    """SIGINT and SIGTERM stop the run after the update, evaluation step or chunk of frames under way.
 
-    A second SIGINT stops at once, without a checkpoint. Outside the main thread signals are left alone. Without a
-    :class:`~qsm_lightning.callbacks.RunCheckpoint` in the trainer nothing is written.
+    :class:`~qsm_lightning.errors.Interrupted` is raised there, and :class:`~qsm_lightning.callbacks.RunCheckpoint`
+    writes the run's state, from which it goes on exactly. A second SIGINT stops at once, without a checkpoint. SIGUSR1
+    writes a checkpoint after the batch under way. Outside the main thread signals are left alone.
     """
 
     def __init__(self) -> None:
-        self._signum: int | None = None
+        self._data: OffPolicyDataModule | None = None
+        self._writer: RunCheckpoint | None = None
         self._before: dict[int, Any] = {}
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None and signum == signal.SIGINT:
-            raise Interrupted(signum, None)
-        self._signum = signum
-        print("\nstopping after the batch or evaluation under way; Ctrl-C again to stop at once", file=sys.stderr)
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        assert self._data is not None
+        if self._data.stop_signal is not None and signum == signal.SIGINT:
+            raise Interrupted(signum, at_once=True)
+        self._data.stop_signal = signum
+        print("\nstopping with a checkpoint; Ctrl-C again to stop at once", file=sys.stderr)
+
+    def _save(self, signum: int, frame: FrameType | None) -> None:
+        if self._writer is not None:
+            self._writer.wanted = True
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._data = datamodule_of(trainer)
+        self._writer = next((cb for cb in trainer.checkpoint_callbacks if isinstance(cb, RunCheckpoint)), None)
         if stage == "fit":
             self._install()
 
@@ -43,34 +53,13 @@ class CheckpointOnSignal(Callback):
 
     def _install(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            handlers = {signal.SIGINT: self._stop, signal.SIGTERM: self._stop, signal.SIGUSR1: self._save}
+            for signum, handler in handlers.items():
                 self._before.setdefault(signum, signal.getsignal(signum))
-                signal.signal(signum, self._note)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._stop_if_asked(trainer)
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_if_asked(trainer)
-
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        if self._signum is not None:
-            writer = next((cb for cb in trainer.checkpoint_callbacks if isinstance(cb, RunCheckpoint)), None)
-            raise Interrupted(self._signum, str(writer.save(trainer)) if writer else None)
+                signal.signal(signum, handler)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore()
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}

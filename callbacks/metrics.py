@@ -25,18 +25,19 @@ class TrainingMetrics(Callback):
     def __init__(self, every_frames: int = 1_000) -> None:
         require(every_frames > 0, f"metrics.every_frames is {every_frames}: it must be greater than 0")
         self.every_frames = every_frames
+        self._logged_at = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark(trainer)
+        self._start_clock(trainer)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         data = datamodule_of(trainer)
-        frames = data.progress.frames - self._frames
-        if frames < self.every_frames and data.progress.frames < data.total_frames:
+        frames = data.progress.frames
+        if frames == self._logged_at or (frames - self._logged_at < self.every_frames and frames < data.total_frames):
             return
         seconds = max(time.perf_counter() - self._time, 1e-9)
         metrics: dict[str, Any] = {f"train/{k}": v for k, v in data.take_recent().metrics().items()}
@@ -44,15 +45,16 @@ class TrainingMetrics(Callback):
             "train/buffer_size": len(data.buffer),
             "train/episodes": data.progress.episodes,
             "train/updates": data.progress.updates,
-            "speed/frames_per_s": frames / seconds,
-            "speed/updates_per_s": (data.progress.updates - self._updates) / seconds,
+            "speed/frames_per_s": (frames - self._start_frames) / seconds,
+            "speed/updates_per_s": (data.progress.updates - self._start_updates) / seconds,
         }
         metrics |= {key: value.item() for key, value in pl_module.metrics.items()}  # type: ignore[operator, union-attr]
         for term, optimizer in zip(pl_module.loss.terms, trainer.optimizers, strict=True):  # type: ignore[union-attr, arg-type]
             metrics[f"lr/{term}"] = optimizer.param_groups[0]["lr"]
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=data.progress.frames)
-        self._mark(trainer)
+            logger.log_metrics(metrics, step=frames)
+        self._logged_at = frames
+        self._start_clock(trainer)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,6 +66,15 @@ class TrainingMetrics(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_start = time.perf_counter()
 
-    def _mark(self, trainer: Trainer) -> None:
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"logged_at": self._logged_at}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._logged_at = state_dict["logged_at"]
+
+    def _start_clock(self, trainer: Trainer) -> None:
+        """Speeds are measured from here: from the last write, or from where this process went on."""
         progress = datamodule_of(trainer).progress
-        self._time, self._frames, self._updates = time.perf_counter(), progress.frames, progress.updates
+        self._time, self._start_frames, self._start_updates = time.perf_counter(), progress.frames, progress.updates

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from itertools import pairwise
 from typing import Any, cast
 
@@ -66,7 +67,8 @@ class PolicyPicture(Callback):
                     rows = torch.linspace(0, len(data.buffer) - 1, self.states).long()
                     self._observations = data.buffer[rows]["observation"].clone()
                 figure = draw_policy(loss, self._observations, self.samples)
-                logger.experiment.add_figure("policy", figure, data.progress.frames)
+                with contextlib.suppress(OSError):  # a full disk costs a picture
+                    logger.experiment.add_figure("policy", figure, data.progress.frames)
 
     @override
     def state_dict(self) -> dict[str, Any]:

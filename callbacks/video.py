@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from typing_extensions import override
 
-from qsm_lightning.checkpoints import run_folder
 from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import require
 from qsm_lightning.recording import check_renderable, picture_strip, record_episode, write_video
+from qsm_lightning.runs import run_folder
 
 
 class EvaluationVideo(Callback):
@@ -49,6 +52,17 @@ class EvaluationVideo(Callback):
         frames, _ = record_episode(data.env_name, policy, self.seed, self.seed, self.max_frames, every=4)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("episode", picture_strip(frames), data.progress.frames, dataformats="HWC")
+                with contextlib.suppress(OSError):  # a full disk costs a picture
+                    strip = picture_strip(frames)
+                    logger.experiment.add_image("episode", strip, data.progress.frames, dataformats="HWC")
         path = run_folder(trainer) / "videos" / f"{data.progress.frames:09}.gif"
-        write_video(str(path), frames[:, ::2, ::2], fps=15)
+        with contextlib.suppress(OSError):
+            write_video(str(path), frames[:, ::2, ::2], fps=15)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self._count}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._count = state_dict["count"]

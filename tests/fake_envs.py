@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import gymnasium as gym
@@ -46,6 +47,34 @@ class Clock(gym.Env):
         self.steps += 1
         end, odd = self.steps == 5, self.episode % 2 == 1
         return self._observation(), float(action[0]), end and odd, end and not odd, {}
+
+
+class Wanderer(gym.Env):
+    """Its future hangs on state of many kinds: arrays, scalars, a deque, a list, its generator."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = BOX
+
+    def _observation(self) -> np.ndarray:
+        return np.array([self.place[0], self.speed, sum(self.trail)], np.float64)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.place = self.np_random.normal(size=1).astype(np.float32)
+        self.speed = np.float32(0.1)
+        self.trail: deque[float] = deque([0.5, 0.25], maxlen=3)
+        self.marks: list[tuple[int, np.ndarray]] = []
+        self.info = {"steps": 0}
+        return self._observation(), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.info["steps"] += 1
+        self.speed = np.float32(0.9) * self.speed + np.float32(action[0]) * np.float32(0.1)
+        self.place = self.place + self.speed + self.np_random.normal(size=1).astype(np.float32)
+        self.trail.append(float(self.place[0]))
+        self.marks.append((self.info["steps"], self.place))
+        oldest = self.marks[0][1][0]
+        return self._observation(), float(oldest), bool(abs(self.place[0]) > 4), self.info["steps"] >= 9, {}
 
 
 class Faulty(Bandit):
@@ -94,7 +123,7 @@ class Matrix(Bandit):
     action_space = gym.spaces.Box(-1, 1, (2, 3), np.float32)
 
 
-for name in ("Bandit", "Clock", "Parts", "Unbounded", "Matrix"):
+for name in ("Bandit", "Clock", "Wanderer", "Parts", "Unbounded", "Matrix"):
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{name}")
 for what in ("observation", "reward"):
     gym.register(f"Faulty{what.title()}-v0", entry_point=f"{__name__}:Faulty", kwargs={"what": what})

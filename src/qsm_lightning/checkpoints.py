@@ -1,55 +1,273 @@
-"""Run folders and checkpoints: where they are, whether they can be used, and what is said about them."""
+"""Checkpoints on disk: written whole or not at all, found, verified, thinned out. The format, and nothing of training.
+
+A run's ``checkpoints`` folder::
+
+    000005000/            a checkpoint, named by its frame (a second one at the same frame: 000005000-1)
+      manifest.json       format, frames, evaluation return, versions, and size and SHA-256 of every file
+      state.ckpt          Lightning's checkpoint: networks, optimizers, counters, generators, environments
+    replay/               files of replay frames, shared by the checkpoints that list them
+
+A checkpoint is made in a hidden folder, synced, and renamed: one that has its name is complete.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
-import shlex
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Trainer
 
-from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning import durable
+from qsm_lightning.durable import Record
 from qsm_lightning.errors import SettingError, require
-from qsm_lightning.module import OffPolicyModule
+
+FORMAT = 1
+STATE, MANIFEST, REPLAY = "state.ckpt", "manifest.json", "replay"
+PACKAGES = ("qsm-lightning", "torch", "pytorch-lightning", "torchrl", "tensordict", "gymnasium", "mujoco", "numpy")
+_NAME = re.compile(r"(\d{9,})(?:-(\d+))?")
 
 
-def check_writable(folder: Path) -> None:
-    """Raise :class:`SettingError` unless ``folder`` exists or can be made, and can be written; makes nothing."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    require(
-        existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
-        f"trainer.default_root_dir is {str(folder)!r}: {existing} is not a folder that can be written; choose another",
-    )
+class DamagedError(Exception):
+    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
 
 
-def newest(root: Path, pattern: str) -> Path | None:
-    """The file below ``root`` matching the glob ``pattern`` that was written last."""
-    return max(root.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint's folder."""
+
+    path: Path
+
+    @property
+    def state(self) -> Path:
+        """Lightning's checkpoint file."""
+        return self.path / STATE
+
+    @property
+    def replay(self) -> Path:
+        """The folder of the files of replay frames."""
+        return self.path.parent / REPLAY
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.path.parent.parent
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Frame, and number among those of the same frame."""
+        match = _NAME.fullmatch(self.path.name)
+        return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
+
+    def manifest(self) -> dict[str, Any]:
+        """What was written beside the state.
+
+        Raises:
+            DamagedError: when it is missing or not a manifest.
+            SettingError: when a later version of this package wrote it.
+        """
+        path = self.path / MANIFEST
+        try:
+            manifest = json.loads(path.read_bytes())
+            written = manifest["format"]
+            assert isinstance(written, int)
+            assert all({"bytes", "sha256"} <= r.keys() for r in (manifest["files"] | manifest["replay"]).values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise DamagedError(f"{path} is missing or not a manifest") from error
+        require(
+            written <= FORMAT,
+            f"{self.path} has format {written}, and this version of qsm-lightning reads up to {FORMAT}: install the "
+            f"version that wrote it ({manifest.get('versions', {}).get('qsm-lightning', 'unknown')}) or a later one",
+        )
+        return manifest
+
+    def verify(self, replay: bool = True) -> None:
+        """Compare every file with the manifest.
+
+        Args:
+            replay: also the files of replay frames, which evaluation does not need.
+
+        Raises:
+            DamagedError: for the first file that is missing, truncated or altered.
+        """
+        manifest = self.manifest()
+        files = {self.path / name: entry for name, entry in manifest["files"].items()}
+        if self.state not in files:
+            raise DamagedError(f"{self.path / MANIFEST} does not list {STATE}")
+        if replay:
+            files |= {self.replay / Path(name).name: entry for name, entry in manifest["replay"].items()}
+        for path, entry in files.items():
+            _compare(path, entry)
 
 
-def resolve(ckpt_path: str | None, run: Path) -> Path | None:
-    """The checkpoint that ``--ckpt_path`` names: a file, or ``last`` for the newest below ``run``'s sibling folders.
+def _compare(path: Path, entry: Record) -> None:
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise DamagedError(f"{path} has {size} bytes of {entry['bytes']}")
+    if durable.record_of_file(path) != entry:
+        raise DamagedError(f"{path} was altered: its content is not what was written")
+
+
+# Finding.
+
+
+def complete(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in a run's ``checkpoints`` folder, oldest first."""
+    found = [Checkpoint(path) for path in folder.glob("*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda checkpoint: checkpoint.order)
+
+
+def eval_return(checkpoint: Checkpoint) -> float | None:
+    """The evaluation return a checkpoint was written with, if an evaluation came right before it."""
+    try:
+        return checkpoint.manifest()["eval_return"]
+    except (DamagedError, SettingError):
+        return None
+
+
+def best(folder: Path) -> Checkpoint | None:
+    """The checkpoint with the highest evaluation return, the earliest of equals."""
+    scored = [(score, c) for c in complete(folder) if (score := eval_return(c)) is not None]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def newest_good(folder: Path, up_to: Checkpoint | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose every file is as it was written, and what is wrong with the newer ones.
+
+    Args:
+        folder: a run's ``checkpoints`` folder.
+        up_to: look at this one and older ones only.
+    """
+    faults = []
+    for checkpoint in reversed(complete(folder)):
+        if up_to is not None and checkpoint.order > up_to.order:
+            continue
+        try:
+            checkpoint.verify()
+        except DamagedError as fault:
+            faults.append(str(fault))
+        else:
+            return checkpoint, faults
+    return None, faults
+
+
+# Writing.
+
+
+@contextlib.contextmanager
+def staging(folder: Path, first_rank: bool = True) -> Iterator[Path]:
+    """A hidden folder inside ``folder`` to write a checkpoint in; it is gone afterwards unless published.
+
+    The first rank makes and removes it, and is the only one to write there.
+    """
+    stage = folder / ".staging"
+    if not first_rank:
+        yield stage
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(stage, ignore_errors=True)  # of a process that was killed
+    stage.mkdir()
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish(stage: Path, frames: int, eval_return: float | None, replay: dict[str, Record]) -> Checkpoint:
+    """Sync what was staged, add the manifest, and give the checkpoint its name.
+
+    Args:
+        stage: the folder of :func:`staging`, with the state in it.
+        frames: environment frames so far.
+        eval_return: the return of the evaluation right before, if there was one.
+        replay: the files of replay frames that belong to it.
 
     Raises:
-        SettingError: when there is none.
+        OSError: when the disk is full or cannot be written.
     """
-    if ckpt_path is None:
-        return None
-    if ckpt_path == "last":
-        path = newest(run.parent, "*/checkpoints/last.ckpt")
-        if path is None:
-            raise SettingError(
-                f"--ckpt_path is last: there is no checkpoint below {run.parent}; give a file, or leave it"
+    files = {}
+    for path in stage.iterdir():
+        durable.sync(path)
+        files[path.name] = durable.record_of_file(path)
+    manifest = {
+        "format": FORMAT,
+        "frames": frames,
+        "eval_return": eval_return,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "files": files,
+        "replay": replay,
+    }
+    durable.write_file(stage / MANIFEST, json.dumps(manifest, indent=2).encode())
+    durable.sync(stage)
+    folder = stage.parent
+    taken = {c.order for c in complete(folder)}
+    number = next(n for n in range(len(taken) + 1) if (frames, n) not in taken)
+    path = folder / (f"{frames:09}" + (f"-{number}" if number else ""))
+    os.rename(stage, path)
+    durable.sync(folder)
+    return Checkpoint(path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a checkpoint means."""
+    out = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            out[package] = version(package)
+    return out
+
+
+def thin_out(folder: Path, keep_last: int) -> None:
+    """Remove all but the newest ``keep_last`` checkpoints and the best, then the replay files that none lists."""
+    pinned = best(folder)
+    for checkpoint in complete(folder)[:-keep_last]:
+        if checkpoint != pinned:
+            hidden = folder / f".removing-{checkpoint.path.name}"
+            os.rename(checkpoint.path, hidden)  # whole or absent in this direction too
+            shutil.rmtree(hidden, ignore_errors=True)
+    for path in folder.glob(".removing-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    listed: set[str] = set()
+    for path in folder.glob(f"*/{MANIFEST}"):
+        with contextlib.suppress(DamagedError):
+            listed |= Checkpoint(path.parent).manifest()["replay"].keys()
+    for path in (folder / REPLAY).glob("*"):
+        if path.name not in listed:
+            path.unlink(missing_ok=True)
+
+
+def set_aside_after(checkpoint: Checkpoint) -> list[Path]:
+    """Rename the checkpoints newer than the one a run goes on from, so that they are kept and not taken for its own."""
+    aside = []
+    for newer in complete(checkpoint.path.parent):
+        if newer.order > checkpoint.order:
+            target = next(
+                path
+                for n in range(10_000)
+                if not (path := newer.path.with_name(f"{newer.path.name}.aside{n or ''}")).exists()
             )
-        return path
-    require(Path(ckpt_path).is_file(), f"--ckpt_path is {ckpt_path!r}: there is no such file")
-    return Path(ckpt_path)
+            os.rename(newer.path, target)
+            aside.append(target)
+    return aside
+
+
+# Reading.
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, loaded with ``weights_only=True``: opening one runs no code.
+    """The content of a state file, loaded with ``weights_only=True``: opening one runs no code.
 
     Raises:
         SettingError: when it is not a checkpoint of this package.
@@ -60,63 +278,9 @@ def load(path: Path) -> dict[str, Any]:
         raise SettingError(
             f"{path} is not a checkpoint, or a damaged one ({type(error).__name__}); choose another"
         ) from error
-    keys = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", OffPolicyDataModule.__qualname__}
+    keys = {"state_dict", "hyper_parameters", "datamodule_hyper_parameters", "OffPolicyDataModule"}
     require(
         isinstance(checkpoint, dict) and keys <= checkpoint.keys(),
         f"{path} is not a checkpoint of qsm-fit; choose one from a run's checkpoints folder",
     )
     return checkpoint
-
-
-def check_resumable(path: Path, module: OffPolicyModule, data: OffPolicyDataModule) -> None:
-    """Raise :class:`SettingError` unless training can go on from ``path`` with these settings."""
-    checkpoint = load(path)
-    env = checkpoint["datamodule_hyper_parameters"]["env"]
-    theirs = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-    for name, value in module.state_dict().items():
-        require(
-            theirs.get(name) == value.shape,
-            f"{path} is of {env} with other shapes ({name} is {_shape(theirs.get(name))}, here {_shape(value.shape)}): "
-            f"resume with the settings of its run, or choose a checkpoint of {data.env_name}",
-        )
-    require(
-        theirs.keys() == module.state_dict().keys(),
-        f"{path} is of another algorithm: choose one of this model.loss",
-    )
-    frames = checkpoint[OffPolicyDataModule.__qualname__]["progress"]["frames"]
-    require(
-        frames < data.total_frames,
-        f"data.total_frames is {data.total_frames}: {path} is already at {frames} frames; give a greater number",
-    )
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else str(list(shape))
-
-
-def find(run_or_checkpoint: str) -> Path:
-    """A checkpoint file from its path or its run's folder: there the best, or else the last.
-
-    Raises:
-        SettingError: when there is none.
-    """
-    path = Path(run_or_checkpoint)
-    if path.is_file():
-        return path
-    for name in ("best", "last"):
-        for candidate in (path / "checkpoints" / f"{name}.ckpt", path / f"{name}.ckpt"):
-            if candidate.is_file():
-                return candidate
-    raise SettingError(f"{run_or_checkpoint!r} is neither a checkpoint nor the folder of a run that has one")
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The run's folder: the first logger's. Unlike ``trainer.log_dir`` it can be asked for on one rank alone."""
-    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
-    return Path(next(filter(None, folders), trainer.default_root_dir))
-
-
-def resume_command(checkpoint: Path) -> str:
-    """The command that goes on from a checkpoint of a run's folder."""
-    config = checkpoint.parent.parent / "config.yaml"
-    return shlex.join(["qsm-fit", "--config", str(config), "--ckpt_path", str(checkpoint)])

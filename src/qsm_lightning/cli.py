@@ -19,16 +19,19 @@ from jsonargparse.typing import NonNegativeInt
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from qsm_lightning import callbacks as cb
-from qsm_lightning import checkpoints
+from qsm_lightning import checkpoints, durable, resources, resume, runs, trust
+from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, require
+from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, require
+from qsm_lightning.loggers import run_loggers
 from qsm_lightning.losses import QSM, QSMLoss
 from qsm_lightning.messages import ParserErrors, loss_settings, one_line, shipped_config
 from qsm_lightning.module import OffPolicyModule
+
+log = logging.getLogger(__name__)
 
 EPILOG = """
 Settings of the algorithm (model.loss), with their defaults:
@@ -37,7 +40,8 @@ Settings of the algorithm (model.loss), with their defaults:
 Examples:
   qsm-fit --config conf/hopper.yaml
   qsm-fit --config hopper --data.total_frames 200000 --model.loss.m_q 20 --seed_everything 1
-  qsm-fit --config runs/Hopper-v5/version_0/config.yaml --ckpt_path last
+  qsm-fit --resume runs/Hopper-v5/version_0
+  qsm-fit --resume runs/Hopper-v5/version_0 --data.total_frames 2000000
 """
 
 
@@ -71,6 +75,10 @@ class ShippedConfigFile(ActionConfigFile):
 class FitCLI(LightningCLI):
     """LightningCLI without subcommands, with this project's callbacks, loggers and run folders."""
 
+    def __init__(self, *args: Any, run_folder: Path | None = None, **kwargs: Any) -> None:
+        self.run_folder = run_folder
+        super().__init__(*args, **kwargs)
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = FitParser(**kwargs, epilog=EPILOG.format(loss_settings=loss_help()), formatter_class=HelpFormatter)
         parser.add_argument(
@@ -96,17 +104,47 @@ class FitCLI(LightningCLI):
             "--name", type=str | None, default=None, help="Folder of the run; the env's name by default."
         )
         parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="Checkpoint to resume from: a file, or last."
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Checkpoint to go on from: last, best, or one's folder. The run goes on in its own folder.",
         )
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="Folder of a run to go on with: short for --config FOLDER/config.yaml --ckpt_path last.",
+        )
+        parser.add_argument(
+            "--trust",
+            action="store_true",
+            help="Also go on with a run whose settings name code outside of qsm_lightning, torch, torchrl and "
+            "pytorch_lightning: loading them runs it.",
+        )
+        parser.add_lightning_class_args(cb.RunCheckpoint, "checkpoint")
         parser.add_lightning_class_args(cb.TrainingMetrics, "metrics")
         parser.add_lightning_class_args(cb.PolicyPicture, "picture")
         parser.set_defaults({"model.loss": {"class_path": "qsm_lightning.losses.QSM"}})
 
+    def before_instantiate_classes(self) -> None:
+        """Find and verify the checkpoint to go on from."""
+        self.checkpoint: Checkpoint | None = None
+        ckpt_path = self.config["ckpt_path"]
+        if ckpt_path is None:
+            return
+        siblings = self._root / (self.config["name"] or run_name(self.config["data"]["env"]))
+        self.checkpoint, passed_over = resume.locate(ckpt_path, self.run_folder, siblings)
+        for sentence in passed_over:
+            log.warning(sentence)
+
+    @property
+    def _root(self) -> Path:
+        return Path(self.config["trainer"]["default_root_dir"] or "runs")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer of the configuration, logging to <default_root_dir>/<name>/<version>."""
         settings = self.config_init["trainer"]
-        root = Path(settings["default_root_dir"] or "runs")
-        checkpoints.check_writable(root)
+        runs.check_writable(self.checkpoint.run if self.checkpoint else self._root)
         require(
             settings["check_val_every_n_epoch"] == 1 and settings["val_check_interval"] is None,
             "trainer.check_val_every_n_epoch and trainer.val_check_interval are not used: data.eval_every_frames "
@@ -118,18 +156,17 @@ class FitCLI(LightningCLI):
         )
         if settings["logger"] in (None, True):
             name = self.config["name"] or run_name(self.config["data"]["env"])
-            board = TensorBoardLogger(str(root), name, default_hp_metric=False)
-            kwargs["logger"] = [board, CSVLogger(str(root), name, board.version, flush_logs_every_n_steps=1)]
+            kwargs["logger"] = run_loggers(self.checkpoint.run if self.checkpoint else None, self._root, name)
         if settings["strategy"] == "auto" and several_devices(settings):
             # each update's two backward passes use only a part of the module
             kwargs["strategy"] = "ddp_find_unused_parameters_true"
-        own: list[Callback] = [cb.StopOnNonFinite(), cb.CheckpointOnSignal()]
+        own: list[Callback] = [cb.StopOnNonFinite(), cb.StopOnSignal()]
         if settings["enable_progress_bar"] is not False:
             own.append(cb.FrameProgress())
-        if settings["enable_checkpointing"] is not False:
-            own.append(cb.RunCheckpoint())
         given = settings["callbacks"] or []
         kwargs["callbacks"] = own + (given if isinstance(given, list) else [given])
+        if settings["enable_checkpointing"] is False:
+            del self.parser.callback_keys[self.parser.callback_keys.index("checkpoint")]
         return super().instantiate_trainer(**kwargs)
 
 
@@ -142,12 +179,18 @@ def several_devices(settings: Any) -> bool:
 
 
 class SaveResolvedConfig(SaveConfigCallback):
-    """Writes the run's resolved configuration, without the checkpoint it was resumed from."""
+    """Writes the run's resolved configuration, without what only this command was told about resuming."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self.config = self.config.clone()
-        self.config["ckpt_path"] = None
-        super().setup(trainer, pl_module, stage)
+        if not trainer.is_global_zero or self.already_saved or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        config = self.config.clone()
+        config["ckpt_path"], config["resume"], config["trust"] = None, None, False
+        text = self.parser.dump(config, skip_none=False)
+        folder = runs.run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        durable.write_file(folder / self.config_filename, text.encode())
+        self.already_saved = True
 
 
 def run_name(env: str) -> str:
@@ -163,18 +206,47 @@ def fit(args: list[str] | None = None) -> None:
 def _build(args: list[str] | None) -> FitCLI:
     """Parse and instantiate everything; whatever is wrong with the settings ends in a :class:`SettingError`."""
     try:
-        return _cli(args)
+        return _cli(*_resumed(sys.argv[1:] if args is None else args))
     except SettingError:
         raise
     except (MisconfigurationException, OmegaConfBaseException, ValueError) as error:
         raise SettingError(one_line(error)) from error
 
 
-def _cli(args: list[str] | None) -> FitCLI:
+def _resumed(args: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments with ``--resume`` written out, and the folder of the run whose configuration they name.
+
+    A run's configuration that is about to be resumed may come from a stranger: it is checked before it is read.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("-c", "--config", action="append", default=[])
+    for option in ("--resume", "--ckpt_path"):
+        first.add_argument(option)
+    first.add_argument("--trust", action="store_true")
+    try:
+        known, _ = first.parse_known_args(args)
+    except SystemExit:  # an option without its value: the full parser says so
+        return args, None
+    if known.resume is not None:
+        run, ckpt_path = resume.run_of(known.resume)
+        config = run / runs.CONFIG
+        known.config.append(str(config))
+        args = ["--config", str(config), "--ckpt_path", ckpt_path, *args]
+    of_runs = [path for path in map(Path, known.config) if (path.parent / runs.CHECKPOINTS).is_dir()]
+    if not of_runs or (known.ckpt_path is None and known.resume is None):
+        return args, None
+    if not known.trust:
+        for path in of_runs:
+            trust.check_config(path)
+    return args, of_runs[-1].parent
+
+
+def _cli(args: list[str], run: Path | None) -> FitCLI:
     return FitCLI(
         OffPolicyModule,
         OffPolicyDataModule,
         args=args,
+        run_folder=run,
         run=False,
         seed_everything_default=0,
         auto_configure_optimizers=False,
@@ -199,36 +271,51 @@ def _cli(args: list[str] | None) -> FitCLI:
 
 def _fit(args: list[str] | None) -> None:
     cli = _build(args)
-    trainer, config = cli.trainer, cli.config
-    ckpt_path = checkpoints.resolve(config["ckpt_path"], checkpoints.run_folder(trainer))
-    if ckpt_path is not None:
-        checkpoints.check_resumable(ckpt_path, cli.model, cli.datamodule)
+    trainer, checkpoint = cli.trainer, cli.checkpoint
+    run = checkpoint.run if checkpoint else runs.run_folder(trainer)
+    state = None
+    if checkpoint is not None:
+        state = checkpoints.load(checkpoint.state)
+        if not cli.config["trust"]:
+            trust.check_state(state, checkpoint.state)
+        here = dict(resume.identity(cli.datamodule.hparams, cli.model.hparams, cli.model.run_identity(trainer)))
+        resume.check(checkpoint, state, here, cli.datamodule.total_frames)
+        resume.check_time(trainer, state)
+    writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), None)
+    size = resources.report(cli.datamodule, run, saved=writer is not None)
     if trainer.is_global_zero:
-        print(f"qsm-fit: {checkpoints.run_folder(trainer)}", flush=True)
-    writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), cb.RunCheckpoint())
+        held = runs.lock(run)
+        if state is not None:
+            progress = state["OffPolicyDataModule"]["progress"]
+            runs.cut_curves(run, progress["frames"], progress["evaluated"] == progress["frames"])
+        at = f" from frame {checkpoint.order[0]}" if checkpoint else ""
+        print(f"qsm-fit: {run}{at}\n{size}", flush=True)
     try:
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint.state if checkpoint else None, weights_only=True)
+    except EnvironmentFault:
+        raise
     except TrainingFault as fault:
-        good = ckpt_path if writer.saved_at_frames is None else writer.last
-        where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        last = writer.last if writer else None
+        where = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
         raise TrainingFault(f"{fault}; {where}") from fault
     except MisconfigurationException as error:
         raise SettingError(one_line(error)) from error
     if trainer.is_global_zero:
         print(closing_words(trainer, writer))
+        held.close()
 
 
-def closing_words(trainer: Trainer, writer: cb.RunCheckpoint) -> str:
+def closing_words(trainer: Trainer, writer: cb.RunCheckpoint | None) -> str:
     """Final and best return, where the checkpoints are, and what to type next."""
     final = trainer.callback_metrics.get("eval/return")
     lines = []
     if final is not None:
-        best = final.item() if writer.best_return is None else writer.best_return
+        best = final.item() if writer is None or writer.best_return is None else writer.best_return
         lines = [f"final return: {final.item():.2f}", f"best return: {best:.2f}"]
-    files = [str(path) for path in (writer.best, writer.last) if path is not None and path.is_file()]
-    if writer.saved_at_frames is None:
+    if writer is None or writer.last is None:
         return "\n".join([*lines, "checkpoints: none"])
-    run = checkpoints.run_folder(trainer)
+    files = [str(c.path) for c in dict.fromkeys((writer.best, writer.last)) if c is not None]
+    run = writer.last.run
     lines += [f"checkpoints: {', '.join(files)}", f"next: qsm-eval {run}"]
     return "\n".join([*lines, f"      tensorboard --logdir {run}"] if trainer.loggers else lines)
 
@@ -243,17 +330,26 @@ def evaluate(args: list[str] | None = None) -> None:
 def run_command(prog: str, command: Callable[[], None]) -> None:
     """Run a command's body and turn the ways it can end early into one sentence and an exit status."""
     _quiet()
+    logging.basicConfig(format=f"{prog}: %(message)s")
     try:
         command()
     except SettingError as error:
         _stop(prog, str(error), 2)
+    except EnvironmentFault as error:
+        _stop(prog, f"{error}{_and_now(error.checkpoint)}", 3)
     except TrainingFault as error:
         _stop(prog, str(error), 3)
     except Interrupted as stop:
-        resume = f"\nresume with: {checkpoints.resume_command(Path(stop.checkpoint))}" if stop.checkpoint else ""
-        _stop(prog, f"{stop}{resume}", 128 + stop.signum)
+        _stop(prog, f"{stop}{_and_now(stop.checkpoint)}", 128 + stop.signum)
     except KeyboardInterrupt:
         _stop(prog, "interrupted; nothing was saved since the last checkpoint", 130)
+
+
+def _and_now(checkpoint: Path | None) -> str:
+    """Where the run's state is and how to go on with it."""
+    if checkpoint is None:
+        return "; nothing was saved"
+    return f"; the run's last state is in {checkpoint}\nresume with: {runs.resume_command(checkpoint)}"
 
 
 def _stop(prog: str, message: str, status: int) -> NoReturn:
@@ -272,5 +368,6 @@ def _quiet() -> None:
         ".*directory .* exists and is not empty.*",
         ".*LeafSpec.*",
         ".*precision lowered by casting.*",
+        ".*args parameter is intended to run from within Python.*",
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -6,13 +6,10 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
-
-from qsm_lightning.errors import TrainingFault
 
 
 def make_collector(
@@ -38,15 +35,27 @@ def make_collector(
 
 @dataclass
 class Progress:
-    """The clock of a run: environment frames over all ranks, gradient updates, this rank's finished episodes."""
+    """The clock of a run: what a process has counted.
+
+    Args:
+        frames: environment frames over all ranks.
+        updates: gradient updates.
+        episodes: this rank's finished episodes.
+        evaluated: frame of the last evaluation.
+        skipped: frames that are worth no updates: the ones that refill a buffer which was not saved.
+        env_restarts: how often this rank's environments were built anew.
+    """
 
     frames: int = 0
     updates: int = 0
     episodes: int = 0
+    evaluated: int = 0
+    skipped: int = 0
+    env_restarts: int = 0
 
     def updates_owed(self, utd: float, init_random_frames: int) -> int:
         """Updates still to do so that their number is floor(utd * (frames - warm-up)) in all, exactly."""
-        learning_frames = max(0, self.frames - init_random_frames)
+        learning_frames = max(0, self.frames - init_random_frames - self.skipped)
         return max(0, math.floor(Fraction(str(utd)) * learning_frames) - self.updates)
 
 
@@ -80,14 +89,3 @@ class RecentExperience:
                 "length": sum(self.lengths) / len(self.lengths),
             }
         return out
-
-
-def check_finite(chunk: TensorDictBase, frames_before: int) -> None:
-    """Raise :class:`TrainingFault` with the frame and the tensor's name if a chunk [frames] holds NaN or inf."""
-    for key in ("observation", "action", ("next", "observation"), ("next", "reward")):
-        value = chunk[key]
-        if torch.isfinite(value).all():
-            continue
-        bad = (~value.isfinite()).flatten(1).any(1).nonzero()[0].item()
-        name = key if isinstance(key, str) else " ".join(key)
-        raise TrainingFault(f"{name} is NaN or infinite at frame {frames_before + int(bad) + 1}")

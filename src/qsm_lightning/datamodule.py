@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
 import math
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
 from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
-from qsm_lightning.collect import Progress, RecentExperience, check_finite, make_collector
+from qsm_lightning.checkpoints import Checkpoint
+from qsm_lightning.collect import Progress, RecentExperience, make_collector
+from qsm_lightning.durable import Record
+from qsm_lightning.env_state import NoStateError, env_states, load_env_states
 from qsm_lightning.envs import make_env
-from qsm_lightning.errors import TrainingFault, require, require_positive
+from qsm_lightning.errors import EnvironmentFault, Interrupted, TrainingFault, require, require_positive
 from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import OffPolicyLoss
-from qsm_lightning.replay import FRAME_KEYS, Storage, buffer_state, load_buffer_state, make_replay_buffer
+from qsm_lightning.plain import generators_state, load_generators_state
+from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, Storage, make_replay_buffer
+from qsm_lightning.runs import run_folder
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SELECTORS = ("sample", "best_of_n")
 
@@ -64,13 +75,18 @@ class OffPolicyDataModule(LightningDataModule):
         batch_size: frames per gradient update, on each rank.
         buffer_size: capacity of the replay buffer in frames.
         storage: where the buffer lives: memory, or memmap (files mapped into memory).
-        storage_dir: folder in which memmap makes its own, removed at the end; trainer.default_root_dir by default.
+        storage_dir: folder in which memmap makes its own, removed at the end; the run's folder by default.
+        save_buffer: save the replay buffer with every checkpoint; without it a resumed run has to refill the buffer.
         utd: gradient updates per frame; may be a fraction.
         eval_every_frames: frames between evaluations (an epoch), rounded up to whole batches.
         eval_episodes: episodes of each evaluation, from the same starts every time.
         eval_selector: evaluate one sample per step, the best_of_n samples by the smaller critic, or both; with both,
             eval/return is sample's.
         eval_candidates: n of best_of_n.
+        env_processes: give each environment a process of its own.
+        env_timeout: seconds after which an environment in a process of its own counts as hanging.
+        env_restarts: how often failed environments are built anew, dropping the episodes under way, before the run
+            stops.
 
     Raises:
         SettingError: for a value out of range or an environment that cannot be used.
@@ -87,11 +103,15 @@ class OffPolicyDataModule(LightningDataModule):
         buffer_size: int = 1_000_000,
         storage: Storage = "memory",
         storage_dir: str | None = None,
+        save_buffer: bool = True,
         utd: float = 1.0,
         eval_every_frames: int = 5_000,
         eval_episodes: int = 10,
         eval_selector: Literal["sample", "best_of_n", "both"] = "both",
         eval_candidates: int = 32,
+        env_processes: bool = False,
+        env_timeout: float = 60.0,
+        env_restarts: int = 0,
     ) -> None:
         super().__init__()
         settings = {
@@ -103,6 +123,7 @@ class OffPolicyDataModule(LightningDataModule):
             "eval_every_frames": eval_every_frames,
             "eval_episodes": eval_episodes,
             "eval_candidates": eval_candidates,
+            "env_timeout": env_timeout,
         }
         require_positive(**{f"data__{name}": value for name, value in settings.items()})
         self.frames_per_batch = frames_per_batch or num_envs
@@ -125,64 +146,110 @@ class OffPolicyDataModule(LightningDataModule):
             buffer_size >= batch_size,
             f"data.buffer_size is {buffer_size}: it must be at least data.batch_size ({batch_size})",
         )
+        require(env_restarts >= 0, f"data.env_restarts is {env_restarts}: it must not be negative")
         self.save_hyperparameters()
+        self.hparams.pop("_instantiator", None)
         self.env_name = env
+        self.num_envs = num_envs
         self.total_frames = total_frames
         self.init_random_frames = init_random_frames
         self.batch_size = batch_size
         self.buffer_size = buffer_size
         self.storage = storage
         self.storage_dir = storage_dir
+        self.save_buffer = save_buffer
         self.utd = utd
         self.eval_every_frames = eval_every_frames
         self.eval_episodes = eval_episodes
         self.eval_selectors = SELECTORS if eval_selector == "both" else (eval_selector,)
         self.eval_candidates = eval_candidates
-        self.env = make_env(env, num_envs)
+        self.env_restarts = env_restarts
+        self._make_env = partial(make_env, env, processes=env_processes, timeout=env_timeout)
+        self.env = self._make_env(num_envs)
         self.observation_dim = self.env.observation_spec["observation"].shape[-1]
         self.action_dim = self.env.action_spec.shape[-1]
         self.progress = Progress()
         self.recent = RecentExperience()
+        self.stop_signal: int | None = None
         self._eval_env: EnvBase | None = None
-        self._files: TemporaryDirectory[str] | None = None
+        self._mapped: Path | None = None
         self._chunks: Iterator[TensorDictBase] | None = None
+        self._owed: TensorDictBase | None = None
+        self._archive: ReplayArchive | None = None
+        self._env_broken = False
+        self._generators: dict[str, Any] | None = None
 
     # What Lightning asks for.
 
     def setup(self, stage: str) -> None:
-        """Seed and build collector and buffer, once."""
+        """Make an empty buffer."""
         assert self.trainer is not None
-        if stage == "fit" and self._chunks is None:
-            self._start()
-
-    def _start(self) -> None:
-        """Seed for the present frame, build the collector and an empty buffer."""
-        assert self.trainer is not None
-        seed, rank, self._ranks = global_seed(), self.trainer.global_rank, self.trainer.world_size
-        frames = self.progress.frames
-        self.env.set_seed(derive_seed(seed, rank, Purpose.TRAIN_ENV, frames))
-        torch.manual_seed(derive_seed(seed, rank, Purpose.NOISE, frames))
-        self.collector = make_collector(
-            self.env,
-            self._loss.exploration_policy(),
-            self.frames_per_batch,
-            math.ceil(max(0, self.init_random_frames - frames) / self._ranks),
-        )
+        if stage != "fit":
+            return
+        # An epoch lasts until the next evaluation, wherever between two a run goes on: its length is asked for anew.
+        self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        self._rank, self._ranks = self.trainer.global_rank, self.trainer.world_size
         if self.storage == "memmap":
-            folder = Path(self.storage_dir or self.trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._files = TemporaryDirectory(prefix="replay-", dir=folder)
+            self._mapped = self._empty_folder()
         self.buffer = make_replay_buffer(
             math.ceil(self.buffer_size / self._ranks),
-            self._files.name if self._files else None,
-            derive_seed(seed, rank, Purpose.SAMPLER, frames),
+            str(self._mapped) if self._mapped else None,
+            self._seed(Purpose.SAMPLER),
         )
+
+    def start(self) -> None:
+        """Begin to collect, with the random streams of a new run or the saved ones: the last thing before training."""
+        if self._chunks is None:
+            self._start_env(self.env)
+        if self._generators is None:
+            torch.manual_seed(self._seed(Purpose.NOISE))
+        else:
+            load_generators_state(self._generators)
+        try:
+            env_states(self.env)
+        except NoStateError as reason:
+            log.warning(
+                "%s cannot give its state (%s): if this run is resumed, the episodes under way begin anew, "
+                "and all else goes on exactly",
+                self.env_name,
+                reason,
+            )
+
+    def _seed(self, purpose: Purpose, *path: int) -> int:
+        at = (self.progress.frames, *path) if self.progress.frames else path
+        return derive_seed(global_seed(), self._rank, purpose, *at)
+
+    def _start_env(self, env: EnvBase, frames: int = 0, *path: int) -> None:
+        """Seed ``env`` and collect from it; ``frames`` is how many this rank has collected before."""
+        self.env = env
+        env.set_seed(self._seed(Purpose.TRAIN_ENV, *path))
+        self.collector = make_collector(
+            env,
+            self._loss.exploration_policy(),
+            self.frames_per_batch,
+            math.ceil(self.init_random_frames / self._ranks),
+        )
+        self.collector._frames = frames
         self._chunks = iter(self.collector)
 
+    def _empty_folder(self) -> Path:
+        """A folder for the mapped files, the same for every process that goes on with the run."""
+        assert self.trainer is not None
+        run = run_folder(self.trainer)
+        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
+        folder = Path(self.storage_dir or run) / f"replay-{identity}-{self._rank}"
+        shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
+        folder.mkdir(parents=True)
+        return folder
+
     def train_dataloader(self) -> SizedStream:
-        """Batches of updates; its length is one evaluation period."""
-        chunks = math.ceil(self.eval_every_frames / (self.frames_per_batch * self._ranks))
-        return SizedStream(chunks, self.next_batch)
+        """Batches of updates; its length is what is left until the next evaluation."""
+        length = self._batches_to_evaluation()
+        if self._owed is not None:
+            length += 1
+        elif length == 0:  # stopped between its last batch and the evaluation: an empty batch leads there
+            length, self._owed = 1, TensorDict(batch_size=[0, self.batch_size])
+        return SizedStream(length, self.next_batch)
 
     def val_dataloader(self) -> SizedStream:
         """One batch: the evaluated episodes of each selector."""
@@ -198,68 +265,226 @@ class OffPolicyDataModule(LightningDataModule):
         assert self.trainer is not None
         return cast(OffPolicyLoss, self.trainer.lightning_module.loss)
 
+    @property
+    def batches(self) -> int:
+        """Batches collected so far."""
+        return self.progress.frames // (self.frames_per_batch * self._ranks)
+
+    @property
+    def _period(self) -> int:
+        """Batches of an evaluation period."""
+        return math.ceil(self.eval_every_frames / (self.frames_per_batch * self._ranks))
+
+    @property
+    def evaluation_owed(self) -> bool:
+        """Whether an evaluation belongs at the present frame and has not been done."""
+        due = self.batches > 0 and (self.batches % self._period == 0 or self.progress.frames >= self.total_frames)
+        return due and self.progress.evaluated < self.progress.frames
+
+    def _batches_to_evaluation(self) -> int:
+        return 0 if self.evaluation_owed else self._period - self.batches % self._period
+
+    @property
+    def epochs(self) -> int:
+        """Evaluation periods that are over, the evaluation at their end included."""
+        done, further = divmod(self.batches, self._period)
+        return done - (further == 0 and self.evaluation_owed)
+
     def next_batch(self) -> TensorDictBase:
         """Collect a chunk, store it, and sample the updates it is worth: [u, batch_size], u = 0 in the warm-up."""
-        assert self._chunks is not None
         assert self.trainer is not None
-        with self._fault_tells_frame():
-            chunk = next(self._chunks)
+        self.check_stop()
+        if self._owed is None:
+            batch = self._collect()
+        else:
+            batch, self._owed = self._owed, None
+        if self.progress.frames >= self.total_frames:
+            self.trainer.should_stop = True
+        return batch
+
+    def _collect(self) -> TensorDictBase:
+        chunk = self._surviving(self._next_chunk, self._rebuild_env)
         chunk = (chunk.transpose(0, 1) if chunk.ndim == 2 else chunk).reshape(-1)  # in the order of time
-        check_finite(chunk, self.progress.frames)
         self.progress.frames += chunk.numel() * self._ranks
         self.progress.episodes += self.recent.add(chunk)
         self.buffer.extend(chunk.select(*FRAME_KEYS))
-        if self.progress.frames >= self.total_frames:
-            self.trainer.should_stop = True
         updates = self.progress.updates_owed(self.utd, self.init_random_frames)
         self.progress.updates += updates
         if updates == 0:
             return TensorDict(batch_size=[0, self.batch_size])
         return self.buffer.sample(updates * self.batch_size).select(*FRAME_KEYS).reshape(updates, self.batch_size)
 
+    def _next_chunk(self) -> TensorDictBase:
+        assert self._chunks is not None
+        self._env_broken = True  # if this ends early, the environments are somewhere within a chunk
+        chunk = next(self._chunks)
+        self._env_broken = False
+        return chunk
+
     def evaluate(self) -> dict[str, dict[str, torch.Tensor]]:
         """Evaluated episodes of each selector: {selector: {return: [E], length: [E]}}."""
-        if self._eval_env is None:
-            self._eval_env = make_env(self.env_name, self.eval_episodes)
-        seeds = [derive_seed(global_seed(), 0, purpose) for purpose in (Purpose.EVAL_ENV, Purpose.EVAL_NOISE)]
-        episodes = {}
-        for selector in self.eval_selectors:
-            policy = self._loss.evaluation_policy(selector, self.eval_candidates)
-            with self._fault_tells_frame():
-                episodes[selector] = run_episodes(self._eval_env, policy, *seeds)
-        return episodes
+        env_seed, noise_seed = (derive_seed(global_seed(), 0, p) for p in (Purpose.EVAL_ENV, Purpose.EVAL_NOISE))
 
-    @contextmanager
-    def _fault_tells_frame(self) -> Iterator[None]:
-        try:
-            yield
-        except TrainingFault as fault:
-            raise TrainingFault(f"{fault}, after frame {self.progress.frames}") from fault
+        def episodes(selector: str) -> dict[str, torch.Tensor]:
+            if self._eval_env is None:
+                self._eval_env = self._make_env(self.eval_episodes)
+            policy = self._loss.evaluation_policy(selector, self.eval_candidates)
+            return run_episodes(self._eval_env, policy, env_seed, noise_seed, self.check_stop)
+
+        evaluated = {s: self._surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
+        self.progress.evaluated = self.progress.frames
+        return evaluated
+
+    def check_stop(self, rest: TensorDictBase | None = None) -> None:
+        """Where training may be left at once and gone on with later, raise :class:`Interrupted` if a signal asked to.
+
+        Args:
+            rest: updates of the batch under way that are still to do, [u, batch_size].
+        """
+        if self.stop_signal is not None:
+            self._owed = rest if rest is not None else self._owed
+            raise Interrupted(self.stop_signal)
 
     def take_recent(self) -> RecentExperience:
         """What was collected since the last call."""
         recent, self.recent = self.recent, RecentExperience()
         return recent
 
+    # Environments that fail.
+
+    def _surviving(self, act: Callable[[], T], mend: Callable[[], None]) -> T:
+        """``act``, and again after ``mend`` as long as ``data.env_restarts`` allows, when an environment fails."""
+        while True:
+            try:
+                return act()
+            except EnvironmentFault as fault:
+                self.check_stop()
+                if self.progress.env_restarts >= self.env_restarts:
+                    raise EnvironmentFault(f"{fault}, after frame {self.progress.frames}") from fault
+                self.progress.env_restarts += 1
+                log.warning(
+                    "%s, after frame %d: built anew (%d of %d), without the episodes under way",
+                    fault,
+                    self.progress.frames,
+                    self.progress.env_restarts,
+                    self.env_restarts,
+                )
+                mend()
+            except TrainingFault as fault:
+                raise TrainingFault(f"{fault}, after frame {self.progress.frames}") from fault
+
+    def _rebuild_env(self) -> None:
+        _close(self.env)
+        self._start_env(self._make_env(self.num_envs), self.collector._frames, self.progress.env_restarts)
+
+    def _drop_eval_env(self) -> None:
+        _close(self._eval_env)
+        self._eval_env = None
+
     # State.
 
+    def save_replay(self, folder: Path) -> dict[str, Record]:
+        """Write the frames added since the last call into ``folder``; returns the files of all ranks' buffers."""
+        if not self.save_buffer:
+            return {}
+        if self._archive is None or self._archive.folder != folder:
+            self._archive = ReplayArchive(folder, self._rank)
+        chunks = self._archive.save(self.buffer) if len(self.buffer) else []
+        parts = self._gather({chunk.file: chunk.record for chunk in chunks})
+        return {name: entry for part in parts for name, entry in part.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the replay buffer, as plain tensors and numbers."""
+        """Everything a process needs to go on: the ranks' counters, generators, environments; buffers by file name."""
         if self._chunks is None:
             return {}
-        return {"progress": asdict(self.progress), "buffer": buffer_state(self.buffer)}
+        return {"progress": asdict(self.progress), "ranks": self._gather(self._rank_state())}
+
+    def _rank_state(self) -> dict[str, Any]:
+        envs: list[Any] | None = None
+        if not self._env_broken:
+            with contextlib.suppress(NoStateError):
+                envs = env_states(self.env)
+        saved = self._archive is not None and self.save_buffer
+        return {
+            "progress": asdict(self.progress),
+            "recent": asdict(self.recent),
+            "generators": generators_state(),
+            "sampler": self.buffer._rng.get_state(),
+            "replay": [astuple(chunk) for chunk in cast(ReplayArchive, self._archive).chunks] if saved else None,
+            "written": self.buffer.write_count,
+            "frames": self.collector._frames,
+            "carrier": self.collector._carrier.clone().to_dict() if envs is not None else None,
+            "envs": envs,
+            "owed": None if self._owed is None else (self._owed.clone().to_dict(), len(self._owed)),
+        }
+
+    def _gather(self, mine: T) -> list[T]:
+        """Every rank's value, by rank."""
+        if self._ranks == 1:
+            return [mine]
+        out: list[Any] = [None] * self._ranks
+        torch.distributed.all_gather_object(out, mine)
+        return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._chunks is None:
+        ranks = state_dict["ranks"]
+        require(
+            len(ranks) == self._ranks,
+            f"the checkpoint was written by {len(ranks)} processes and there are {self._ranks} here: resume with "
+            f"--trainer.devices {len(ranks)}",
+        )
+        mine = ranks[self._rank]
+        self.progress = Progress(**mine["progress"])
+        self.recent = RecentExperience(**mine["recent"])
+        self._load_replay(mine)
+        self._load_envs(mine)
+        self.buffer._rng.set_state(mine["sampler"])
+        if mine["owed"] is not None:
+            updates, count = mine["owed"]
+            self._owed = TensorDict(updates, [count, self.batch_size])
+        self._generators = mine["generators"]
+
+    def _load_replay(self, mine: dict[str, Any]) -> None:
+        assert self.trainer is not None
+        if mine["replay"] is not None:
+            folder = Checkpoint(Path(cast(str, self.trainer.ckpt_path)).parent).replay
+            self._archive = ReplayArchive(folder, self._rank, [Chunk(*fields) for fields in mine["replay"]])
+            self._archive.load(self.buffer, mine["written"])
             return
-        self.progress = Progress(**state_dict["progress"])
-        self._start()  # with new noise and new episodes, and no second warm-up
-        load_buffer_state(self.buffer, state_dict["buffer"])
+        self.progress.skipped += min(self.progress.frames, self.init_random_frames)
+        log.warning(
+            "the checkpoint has no replay buffer (data.save_buffer was false): the policy collects %d frames "
+            "before updates go on, and what follows differs from a run that was not stopped",
+            min(self.progress.frames, self.init_random_frames),
+        )
+
+    def _load_envs(self, mine: dict[str, Any]) -> None:
+        """Put the environments where they were, or say that their episodes begin anew."""
+        self._start_env(self.env, mine["frames"])
+        try:
+            if mine["envs"] is None:
+                raise NoStateError("the checkpoint has no state of theirs")
+            load_env_states(self.env, mine["envs"])
+        except NoStateError as reason:
+            log.warning("%s begins new episodes (%s); all else goes on as it was", self.env_name, reason)
+            return
+        carrier = TensorDict(mine["carrier"], self.env.batch_size)
+        self.collector._carrier = carrier if self.collector._carrier.device is None else carrier.to(self.env.device)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Lightning tears nothing down after an exception."""
+        self.teardown("fit")
 
     def teardown(self, stage: str) -> None:
         """Close the environments and remove the mapped files when training ends."""
-        for env in (self.env, self._eval_env):
-            if env is not None and not env.is_closed:
-                env.close(raise_if_closed=False)
-        if self._files is not None:
-            self._files.cleanup()
+        _close(self.env)
+        _close(self._eval_env)
+        if self._mapped is not None:
+            shutil.rmtree(self._mapped, ignore_errors=True)
+
+
+def _close(env: EnvBase | None) -> None:
+    """Close an environment that may be closed, broken or absent."""
+    if env is not None and not env.is_closed:
+        with contextlib.suppress(Exception):
+            env.close(raise_if_closed=False)

@@ -35,7 +35,8 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
-from qsm_lightning.errors import SettingError, TrainingFault, require
+from qsm_lightning.env_faults import Guarded, ProcessEnv
+from qsm_lightning.errors import SettingError, require
 
 # Observation keys that envpool adds to a dm_control task for the sake of its domain's other tasks.
 ENVPOOL_EXTRA_KEYS = {
@@ -50,13 +51,15 @@ ENVPOOL_EXTRA_KEYS = {
 }
 
 
-def make_env(name: str, num_envs: int = 1) -> EnvBase:
-    """Build ``num_envs`` copies of an environment, stepped together in this process.
+def make_env(name: str, num_envs: int = 1, processes: bool = False, timeout: float = 60.0) -> EnvBase:
+    """Build ``num_envs`` copies of an environment, stepped together.
 
     Args:
         name: a gymnasium id (``Hopper-v5``, or ``module:Id-v0`` to import ``module`` first), ``dmc:domain/task``, or
             ``envpool:`` followed by one of envpool's ids.
-        num_envs: batch size of the environment; 1 gives an environment without batch dimension.
+        num_envs: batch size of the environment; 1 gives an environment without batch dimension, unless ``processes``.
+        processes: give each copy a process of its own; envpool has its own threads and takes no notice.
+        timeout: seconds after which a process that does not answer counts as hanging.
 
     Raises:
         SettingError: unknown name, missing extra, or actions that are not a bounded Box.
@@ -65,6 +68,7 @@ def make_env(name: str, num_envs: int = 1) -> EnvBase:
     transforms: list[Transform] = []
     if source == "envpool":
         env: EnvBase = EnvpoolEnv(task, num_envs)
+        env.source = name
         return TransformedEnv(env, Compose(RewardSum(), StepCounter()))
     if source == "dmc":
         single = partial(_dmc_env, task)
@@ -81,9 +85,9 @@ def make_env(name: str, num_envs: int = 1) -> EnvBase:
         single = partial(_gym_env, name)
         probe = _gym_env(name)
     env = probe
-    if num_envs > 1:
+    if processes or num_envs > 1:
         probe.close()
-        env = SerialEnv(num_envs, single)
+        env = ProcessEnv([single] * num_envs, name, timeout) if processes else SerialEnv(num_envs, single)
     return TransformedEnv(env, Compose(*transforms, RewardSum(), StepCounter()))
 
 
@@ -129,8 +133,14 @@ def make_gym(name: str, **kwargs: Any) -> gym.Env:
     return env
 
 
+class GuardedGymWrapper(Guarded, GymWrapper):
+    """A gymnasium environment whose faults carry its name."""
+
+
 def _gym_env(name: str) -> EnvBase:
-    return GymWrapper(make_gym(name))
+    env = GuardedGymWrapper(make_gym(name))
+    env.source = name
+    return env
 
 
 def make_render_env(name: str) -> tuple[EnvBase, Callable[[], np.ndarray]]:
@@ -165,27 +175,17 @@ def _dmc_env(task: str) -> EnvBase:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else "write it as dmc:domain/task, such as dmc:cartpole/swingup"
         raise SettingError(f"data.env is {name!r}: dm_control has no such task; {hint}")
-    env = _dm_control_class()(domain, task)
+    env = GuardedDMControlEnv(domain, task)
+    env.source = name
     _check_bounds(name, env.action_spec.space.low.numpy(), env.action_spec.space.high.numpy())
     return env
 
 
-def _dm_control_class() -> type[DMControlEnv]:
-    from dm_control.rl.control import PhysicsError
-
-    class CheckedDMControlEnv(DMControlEnv):
-        """A simulation that blows up ends training with a sentence."""
-
-        def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-            try:
-                return super()._step(tensordict)
-            except PhysicsError as error:
-                raise TrainingFault(f"the simulation of {self.env_name}/{self.task_name} failed ({error})") from error
-
-    return CheckedDMControlEnv
+class GuardedDMControlEnv(Guarded, DMControlEnv):
+    """A dm_control task whose faults carry its name: a simulation that blows up ends in a sentence."""
 
 
-class EnvpoolEnv(EnvBase):
+class EnvpoolTask(EnvBase):
     """envpool's gymnasium interface as a TorchRL environment with batch size [num_envs].
 
     Only the task's own observation keys are used, concatenated in sorted order.
@@ -254,3 +254,7 @@ class EnvpoolEnv(EnvBase):
             },
             self.batch_size,
         )
+
+
+class EnvpoolEnv(Guarded, EnvpoolTask):
+    """envpool's environments, with faults that carry their name."""

@@ -1,6 +1,9 @@
-"""The three ways a command of this package ends early, each with its own exit status."""
+"""The ways a command of this package ends early, each with its own exit status."""
 
 from __future__ import annotations
+
+import signal
+from pathlib import Path
 
 
 class SettingError(ValueError):
@@ -8,19 +11,27 @@ class SettingError(ValueError):
 
 
 class TrainingFault(RuntimeError):
-    """Training cannot go on: NaN or inf in the data or in a loss (exit status 3)."""
+    """Training cannot go on: NaN or inf in a loss or an action, a failed environment (exit status 3)."""
 
 
-class Interrupted(Exception):
-    """A signal stopped the run; ``checkpoint`` is what it wrote before, if anything (exit status 128 + number)."""
+class EnvironmentFault(TrainingFault):
+    """An environment failed. The learner's state is sound: ``checkpoint`` is where it was written, if anywhere."""
 
-    def __init__(self, signum: int, checkpoint: str | None) -> None:
-        where = (
-            f"the state of the run is in {checkpoint}" if checkpoint else "nothing was saved since the last checkpoint"
-        )
-        super().__init__(f"interrupted; {where}")
+    checkpoint: Path | None = None
+
+
+class Interrupted(BaseException):
+    """A signal asked to stop; ``checkpoint`` is where the run's state was written (exit status 128 + number).
+
+    ``at_once`` means in the middle of things, where there is no state to write. It is not an ``Exception``: code that
+    handles errors must let it pass.
+    """
+
+    def __init__(self, signum: int, at_once: bool = False) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
         self.signum = signum
-        self.checkpoint = checkpoint
+        self.at_once = at_once
+        self.checkpoint: Path | None = None
 
 
 def require(condition: bool, message: str) -> None:

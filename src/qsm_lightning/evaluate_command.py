@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+from pathlib import Path
 from typing import NoReturn
 
-from qsm_lightning import checkpoints
+from qsm_lightning import checkpoints, runs, trust
+from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.collect import Progress
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.envs import make_env
@@ -15,6 +18,8 @@ from qsm_lightning.evaluation import run_episodes, summary
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.recording import check_renderable, check_video_path, record_episode, write_video
 from qsm_lightning.seeding import Purpose, derive_seed
+
+log = logging.getLogger(__name__)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,7 +43,42 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of starts and noise, which training never used (0)")
     parser.add_argument("--video", metavar="FILE", help="also record one episode to a .mp4 or .gif")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--trust", action="store_true", help="also load settings that name code outside of the packages trusted"
+    )
     return parser
+
+
+def find(run_or_checkpoint: str) -> Path:
+    """The state file of a checkpoint's folder, or of a run's best (or else last) whole checkpoint, or a file itself.
+
+    Raises:
+        SettingError: when there is none, or the one named is damaged.
+    """
+    path = Path(run_or_checkpoint)
+    if path.is_file() and path.name != checkpoints.STATE:
+        return path
+    folder = path.parent if path.is_file() else path
+    if (folder / checkpoints.MANIFEST).exists():
+        candidates = [Checkpoint(folder)]
+    else:
+        folder = folder / runs.CHECKPOINTS if (folder / runs.CHECKPOINTS).is_dir() else folder
+        candidates = [*filter(None, [checkpoints.best(folder)]), *reversed(checkpoints.complete(folder))]
+    faults = []
+    for checkpoint in candidates:
+        try:
+            checkpoint.verify(replay=False)
+        except checkpoints.DamagedError as fault:
+            faults.append(str(fault))
+        else:
+            for sentence in faults:
+                log.warning("%s; evaluating %s instead", sentence, checkpoint.path)
+            return checkpoint.state
+    raise SettingError(
+        f"{faults[0]}: choose another checkpoint"
+        if faults
+        else f"{run_or_checkpoint!r} is neither a checkpoint nor the folder of a run that has one"
+    )
 
 
 def run(args: list[str] | None = None) -> None:
@@ -49,8 +89,10 @@ def run(args: list[str] | None = None) -> None:
     require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
     if options.video:
         check_video_path(options.video)
-    path = checkpoints.find(options.checkpoint)
+    path = find(options.checkpoint)
     checkpoint = checkpoints.load(path)
+    if not options.trust:
+        trust.check_state(checkpoint, path)
     name = checkpoint["datamodule_hyper_parameters"]["env"]
     if options.video:
         check_renderable(name)
@@ -61,7 +103,7 @@ def run(args: list[str] | None = None) -> None:
     noise_seed = derive_seed(options.seed, 0, Purpose.REPORT_NOISE)
     env = make_env(name, options.episodes)
     result = {
-        "checkpoint": str(path),
+        "checkpoint": str(path.parent if path.name == checkpoints.STATE else path),
         "env": name,
         "frames": Progress(**checkpoint[OffPolicyDataModule.__qualname__]["progress"]).frames,
         "selector": options.selector,

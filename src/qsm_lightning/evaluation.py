@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from torchrl.envs import EnvBase
 MAX_EPISODE_FRAMES = 100_000  # an episode without a time limit ends here
 
 
-def run_episodes(env: EnvBase, policy: TensorDictModuleBase, env_seed: int, noise_seed: int) -> dict[str, Tensor]:
+def run_episodes(
+    env: EnvBase,
+    policy: TensorDictModuleBase,
+    env_seed: int,
+    noise_seed: int,
+    each_step: Callable[[], None] | None = None,
+) -> dict[str, Tensor]:
     """One whole episode in each of the environment's copies.
 
     The same seeds give the same starts and the same noise. Torch's global generators are left as they were, so that
@@ -23,6 +30,7 @@ def run_episodes(env: EnvBase, policy: TensorDictModuleBase, env_seed: int, nois
         policy: observation -> action.
         env_seed: seed of the environments' starts.
         noise_seed: seed of the policy's noise.
+        each_step: called after every step of all copies; may raise to leave the evaluation.
 
     Returns:
         ``return`` and ``length``, float tensors [E] on the CPU.
@@ -30,7 +38,13 @@ def run_episodes(env: EnvBase, policy: TensorDictModuleBase, env_seed: int, nois
     with torch.random.fork_rng():
         torch.manual_seed(noise_seed)
         env.set_seed(env_seed)
-        steps = env.rollout(MAX_EPISODE_FRAMES, policy, break_when_any_done=False, break_when_all_done=True)
+        steps = env.rollout(
+            MAX_EPISODE_FRAMES,
+            policy,
+            (lambda env, step: each_step()) if each_step else None,
+            break_when_any_done=False,
+            break_when_all_done=True,
+        )
     steps = steps["next"].reshape(-1, steps.shape[-1])  # [E, longest]
     done = steps["done"].squeeze(-1).int()  # [E, longest]
     done[:, -1] = 1

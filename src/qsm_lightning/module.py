@@ -8,16 +8,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import LightningModule, Trainer
 from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from qsm_lightning import losses
+from qsm_lightning import trust
 from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import SettingError, TrainingFault, require, require_positive
 from qsm_lightning.losses import QSM, OffPolicyLoss
+from qsm_lightning.seeding import global_seed
 
 LossFactory = Callable[[int, int], OffPolicyLoss]
 
@@ -68,7 +69,9 @@ class OffPolicyModule(LightningModule):
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         """As many updates as ``batch`` [u, B] has rows; the last one's losses and metrics are kept, detached."""
         optimizers, schedulers = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
-        for minibatch in batch.unbind(0):
+        data = datamodule_of(self.trainer)
+        for i, minibatch in enumerate(batch.unbind(0)):
+            data.check_stop(rest=batch[i:])
             for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
                 loss, metrics = self.loss.term_loss(term, minibatch)
                 optimizer.zero_grad()
@@ -103,6 +106,23 @@ class OffPolicyModule(LightningModule):
                 sync_dist=True,
             )
 
+    def on_train_start(self) -> None:
+        datamodule_of(self.trainer).start()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["run"] = self.run_identity(self.trainer)
+        checkpoint["metrics"] = self.metrics
+        data = datamodule_of(self.trainer)
+        put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.batches)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.metrics = checkpoint["metrics"]
+
+    @staticmethod
+    def run_identity(trainer: Trainer) -> dict[str, Any]:
+        """What belongs to a run's identity besides the hyper-parameters."""
+        return {"seed_everything": global_seed(), "trainer.precision": str(trainer.precision)}
+
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """Adam for every term of the loss: ``critic_lr`` for qvalue; ``actor_lr``, with its decay, for any other."""
         decay = self.hparams["actor_lr_decay_updates"]
@@ -122,6 +142,24 @@ class OffPolicyModule(LightningModule):
         return list(optimizers.values()), decayed
 
 
+def put_at_start_of_epoch(fit_loop: dict[str, Any], epoch: int, batches_done: int) -> None:
+    """Set the saved counters of Lightning's loops to the start of ``epoch`` after ``batches_done``, in place.
+
+    How far between two evaluations a run is, frames tell; Lightning's own count of batches within the epoch would have
+    to agree with them wherever a run was stopped.
+    """
+    for counts in fit_loop["epoch_progress"].values():
+        counts.update(dict.fromkeys(counts, epoch))
+    batches = fit_loop["epoch_loop.batch_progress"]
+    batches["total"].update(dict.fromkeys(batches["total"], batches_done))
+    batches["current"].update(dict.fromkeys(batches["current"], 0))
+    batches["is_last_batch"] = False
+    evaluations = fit_loop["epoch_loop.val_loop.batch_progress"]
+    for counts in (evaluations["total"], evaluations["current"]):
+        counts.update(dict.fromkeys(counts, 0))
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = batches_done
+
+
 def _as_list(one_or_more: Any) -> list[Any]:
     """Lightning hands over a single optimizer or scheduler bare, and several in a list."""
     return one_or_more if isinstance(one_or_more, list) else [one_or_more] if one_or_more is not None else []
@@ -137,13 +175,12 @@ def loss_spec(loss: LossFactory | dict[str, Any]) -> dict[str, Any]:
 
 
 def loss_from_spec(spec: LossFactory | dict[str, Any]) -> LossFactory:
-    """The inverse of :func:`loss_spec`, for losses of this package only: a checkpoint cannot name other code."""
+    """The inverse of :func:`loss_spec`. It imports what the data name: see :mod:`qsm_lightning.trust`."""
     if not isinstance(spec, dict):
         return spec
-    name = spec["class_path"].rpartition(".")[2]
-    cls: Any = getattr(losses, name, None)
+    cls = trust.import_class(spec["class_path"])
     require(
-        isinstance(cls, type) and issubclass(cls, OffPolicyLoss) and spec["class_path"].startswith(losses.__name__),
-        f"the checkpoint's model.loss is {spec['class_path']!r}: only losses of {losses.__name__} are loaded",
+        isinstance(cls, type) and issubclass(cls, OffPolicyLoss),
+        f"the checkpoint's model.loss is {spec['class_path']!r}, which is not an OffPolicyLoss; choose another",
     )
     return partial(cls, **spec["init_args"])

@@ -1,12 +1,17 @@
-"""The replay buffer: TorchRL's, its storage, and how its content is saved."""
+"""The replay buffer: TorchRL's, its storage, and how its content is saved piece by piece."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
+
+from qsm_lightning import durable
+from qsm_lightning.errors import SettingError
 
 Storage = Literal["memory", "memmap"]
 
@@ -19,6 +24,12 @@ FRAME_KEYS = (
     ("next", "terminated"),
     ("next", "done"),
 )
+CHUNK_BYTES = 32 * 2**20  # frames are written in pieces of at most this size, which bounds the memory needed
+
+
+def frame_bytes(observation_dim: int, action_dim: int) -> int:
+    """Bytes of a stored frame: two observations, action and reward in float32, two flags."""
+    return 4 * (2 * observation_dim + action_dim + 1) + 2
 
 
 def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> TensorDictReplayBuffer:
@@ -35,19 +46,86 @@ def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> T
     return buffer
 
 
-def buffer_state(buffer: TensorDictReplayBuffer) -> dict[str, Any]:
-    """Stored frames and cursor, as plain tensors and integers."""
-    frames = buffer[:].select(*FRAME_KEYS).clone() if len(buffer) else TensorDict()
-    return {
-        "frames": dict(frames.flatten_keys(".").items()),
-        "cursor": buffer.write_count % buffer.storage.max_size,
-    }
+@dataclass(frozen=True)
+class Chunk:
+    """A file of consecutive frames: those written to the buffer as number ``first`` up to ``stop`` - 1."""
+
+    first: int
+    stop: int
+    file: str
+    record: durable.Record
 
 
-def load_buffer_state(buffer: TensorDictReplayBuffer, state: dict[str, Any]) -> None:
-    """Refill an empty buffer from :func:`buffer_state`; a smaller buffer keeps the newest frames."""
-    if not state["frames"]:
-        return
-    frames = TensorDict(state["frames"]).auto_batch_size_(1).unflatten_keys(".")
-    ages = torch.arange(len(frames)).roll(-state["cursor"] if state["cursor"] < len(frames) else 0)
-    buffer.extend(frames[ages][-buffer.storage.max_size :])  # oldest first
+class ReplayArchive:
+    """The buffer's frames as immutable files in a folder that all checkpoints of a run share.
+
+    A save writes the frames added since the last one and nothing else; files that the ring has overwritten altogether
+    are no longer listed. Who may delete them is for the checkpoints that list them to say.
+
+    Args:
+        folder: where the files are.
+        rank: the process whose buffer this is; it begins the files' names.
+        chunks: what is already there.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0, chunks: list[Chunk] | None = None) -> None:
+        self.folder = folder
+        self.rank = rank
+        self.chunks = chunks or []
+
+    def save(self, buffer: TensorDictReplayBuffer) -> list[Chunk]:
+        """Write what is new in ``buffer``; returns the files that hold its content, oldest first.
+
+        Raises:
+            OSError: when the disk is full or cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        total, capacity = buffer.write_count, buffer.storage.max_size
+        oldest = max(0, total - capacity)
+        chunks = [chunk for chunk in self.chunks if chunk.stop > oldest]
+        first = max([oldest, *(chunk.stop for chunk in chunks)])
+        while first < total:
+            size = sum(value[0].nbytes for value in buffer[:1].select(*FRAME_KEYS).values(True, True))
+            stop = min(total, first + max(1, CHUNK_BYTES // size))
+            frames = buffer[torch.arange(first, stop) % capacity].select(*FRAME_KEYS)
+            content = durable.packed({name: value.contiguous() for name, value in frames.flatten_keys(".").items()})
+            record = durable.record_of(content)
+            name = f"{self.rank}-{first:012}-{stop:012}-{record['sha256'][:12]}.pt"
+            durable.write_file(self.folder / name, content)
+            chunks.append(Chunk(first, stop, name, record))
+            first = stop
+        durable.sync(self.folder)
+        self.chunks = chunks
+        return chunks
+
+    def load(self, buffer: TensorDictReplayBuffer, total: int) -> None:
+        """Refill an empty ``buffer`` of the same capacity: every frame where it was, and the next to write as well.
+
+        Args:
+            buffer: from :func:`make_replay_buffer`.
+            total: frames ever written to the saved one.
+
+        Raises:
+            SettingError: when a file holds anything but frames.
+        """
+        if not self.chunks:
+            return
+        buffer.writer.load_state_dict(
+            {"_cursor": self.chunks[0].first % buffer.storage.max_size, "_write_count": self.chunks[0].first}
+        )
+        for chunk in self.chunks:
+            frames = load_tensors(self.folder / Path(chunk.file).name)
+            batch = TensorDict(frames, [chunk.stop - chunk.first]).unflatten_keys(".")
+            buffer.extend(batch)
+        assert buffer.write_count == total, f"{buffer.write_count} frames of {total} were restored"
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """The content of a file of frames, loaded with ``weights_only=True``: opening one runs no code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is not its own
+        raise SettingError(
+            f"{path} is not a file of replay frames, or a damaged one ({type(error).__name__}); "
+            "resume from another checkpoint"
+        ) from error

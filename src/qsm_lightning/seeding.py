@@ -21,10 +21,9 @@ class Purpose(IntEnum):
     REPORT_NOISE = 6
 
 
-def derive_seed(seed: int, rank: int, purpose: Purpose, frames: int = 0) -> int:
-    """A 31-bit seed, independent between ranks, purposes and the frames at which a run was resumed."""
-    key = (rank, int(purpose), frames) if frames else (rank, int(purpose))
-    state = np.random.SeedSequence(entropy=seed, spawn_key=key).generate_state(1, np.uint32)
+def derive_seed(seed: int, rank: int, purpose: Purpose, *path: int) -> int:
+    """A 31-bit seed, independent between ranks, purposes and whatever numbers follow."""
+    state = np.random.SeedSequence(entropy=seed, spawn_key=(rank, int(purpose), *path)).generate_state(1, np.uint32)
     return int(state[0] & 0x7FFFFFFF)
 
 

@@ -1,0 +1,67 @@
+"""Files that are whole or absent, whatever moment the process or the machine stops at."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+
+class Record(TypedDict):
+    """What a manifest says of a file: its size in bytes and the SHA-256 of its content."""
+
+    bytes: int
+    sha256: str
+
+
+def record_of(content: bytes) -> Record:
+    """The size and hash of ``content``."""
+    return Record(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write ``content`` to ``path``: beside it first, synced to disk, then renamed over what was there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Sync a file's content, or a folder's names, to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def record_of_file(path: Path) -> Record:
+    """The size and hash of the file that is there."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+    return Record(bytes=path.stat().st_size, sha256=digest.hexdigest())
+
+
+def _digest(file: Any) -> Any:
+    """``hashlib.file_digest`` of Python 3.11, for 3.10."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def packed(content: Any) -> bytes:
+    """``torch.save`` into memory."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()

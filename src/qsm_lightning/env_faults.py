@@ -1,0 +1,113 @@
+"""Environments that fail: whatever goes wrong inside one becomes an :class:`EnvironmentFault` that names it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tensordict import TensorDictBase
+from torchrl.envs import EnvBase, ParallelEnv
+
+from qsm_lightning.errors import EnvironmentFault
+
+
+class Guarded:
+    """Mixin for a TorchRL environment: errors, NaN, inf and changed shapes end in an :class:`EnvironmentFault`."""
+
+    source = ""  # the name under which it was made
+    report: Path | None = None  # where a worker process leaves its fault before it ends
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self._guard(super()._step, tensordict)  # type: ignore[misc]
+
+    def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
+        return self._guard(super()._reset, tensordict, **kwargs)  # type: ignore[misc]
+
+    def _guard(self, call: Callable[..., TensorDictBase], *args: Any, **kwargs: Any) -> TensorDictBase:
+        try:
+            out = call(*args, **kwargs)
+            self._check(out)
+        except Exception as error:
+            said = str(error) if isinstance(error, EnvironmentFault) else f"{type(error).__name__}: {error}"
+            fault = EnvironmentFault(f"the environment {self.source} failed ({' '.join(said.split())})")
+            if self.report is None:
+                raise fault from error
+            self.report.write_text(str(fault))
+            raise SystemExit(1) from error
+        return out
+
+    def _check(self, out: TensorDictBase) -> None:
+        for key, spec in self.full_observation_spec.items(True, True):  # type: ignore[attr-defined]
+            value = out[key]
+            if value.shape != spec.shape:
+                raise EnvironmentFault(f"{key} has the shape {list(value.shape)} instead of {list(spec.shape)}")
+            if not value.isfinite().all():
+                raise EnvironmentFault(f"{key} is NaN or infinite")
+        reward = out.get("reward", None)
+        if reward is not None and not reward.isfinite().all():
+            raise EnvironmentFault("reward is NaN or infinite")
+
+
+class ProcessEnv(ParallelEnv):
+    """Environments in processes of their own; one that raises, dies or hangs ends in an :class:`EnvironmentFault`.
+
+    Args:
+        makers: one factory per process.
+        source: the environments' name.
+        timeout: seconds after which a step or reset counts as hanging.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[], EnvBase]], source: str, timeout: float) -> None:
+        self._reports = TemporaryDirectory(prefix="qsm-env-")
+        reports = [Path(self._reports.name) / str(i) for i in range(len(makers))]
+        super().__init__(len(makers), [partial(_in_worker, m, r) for m, r in zip(makers, reports, strict=True)])
+        self._source, self._step_timeout = source, timeout
+
+    def _wait_for_workers(self, workers_range: Any) -> None:
+        self.BATCHED_PIPE_TIMEOUT = self._step_timeout
+        super()._wait_for_workers(workers_range)
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        return self._guard(super()._step, tensordict)
+
+    def _reset(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
+        return self._guard(super()._reset, tensordict, **kwargs)
+
+    def _guard(self, call: Callable[..., TensorDictBase], *args: Any, **kwargs: Any) -> TensorDictBase:
+        try:
+            return call(*args, **kwargs)
+        except (RuntimeError, OSError, EOFError) as error:
+            what = self._what_happened(error)
+            self._kill_workers()
+            raise EnvironmentFault(what) from error
+
+    _workers: list[Any]
+
+    def _kill_workers(self) -> None:
+        """End every process now: the sound ones only wait for orders, another may hang for ever."""
+        for process in self._workers:
+            with contextlib.suppress(ValueError):  # closed before
+                process.kill()
+        self._workers = []
+        self.is_closed = True
+
+    def _what_happened(self, error: Exception) -> str:
+        for report in sorted(Path(self._reports.name).iterdir()):
+            return report.read_text()
+        if "time limit" in str(error):
+            return f"the environment {self._source} did not answer within data.env_timeout ({self._step_timeout:g} s)"
+        return f"a process of the environment {self._source} died ({' '.join(str(error).split())})"
+
+
+def _in_worker(make: Callable[[], EnvBase], report: Path) -> EnvBase:
+    """Runs in the worker: stopping is for the main process to arrange, and faults go into a file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    env = make()
+    env.report = report
+    return env

@@ -1,0 +1,97 @@
+"""Lightning's loggers, able to go on in a run's folder and to outlast a full disk."""
+
+from __future__ import annotations
+
+import csv
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric.loggers.logger import rank_zero_experiment
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
+from typing_extensions import override
+
+from qsm_lightning import durable
+
+
+def run_loggers(folder: Path | None, root: Path, name: str) -> list[Any]:
+    """The loggers of a run: of a new one below ``root``/``name``, or going on in the run's ``folder``."""
+    version: str | int | None = None
+    if folder is not None:
+        whole = folder if len(folder.parts) > 2 else folder.resolve()
+        root, name, version = whole.parent.parent, whole.parent.name, whole.name
+    board = RunTensorBoardLogger(str(root), name, version, default_hp_metric=False)
+    return [board, RunCSVLogger(str(root), name, board.version, flush_logs_every_n_steps=1)]
+
+
+class RunTensorBoardLogger(TensorBoardLogger):
+    """TensorBoard's event files; after a write that failed it begins a new one."""
+
+    @property
+    @override
+    def experiment(self) -> Any:
+        if _failed(self._experiment):
+            self._experiment = None
+        return super().experiment
+
+    @override
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        try:
+            super().log_metrics(metrics, step)
+        except OSError as error:
+            warnings.warn(f"curves could not be written for TensorBoard ({error}): trying again", stacklevel=2)
+
+
+def _failed(writer: Any) -> bool:
+    """Whether the thread that writes a SummaryWriter's events has ended with an error."""
+    files = (getattr(writer, "all_writers", None) or {}).values()
+    return any(file.event_writer._async_writer._worker.exception is not None for file in files)
+
+
+class RunCSVLogger(CSVLogger):
+    """``metrics.csv``, appended to; a run that goes on keeps its rows."""
+
+    @property
+    @rank_zero_experiment
+    @override
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _Writer(self.log_dir)
+        return self._experiment
+
+
+class _Writer(ExperimentWriter):
+    """Lightning's writer, which never removes a row: it reads what columns there are and adds to them."""
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
+    @override
+    def _check_log_dir_exists(self) -> None:
+        """A folder that exists is the run's own."""
+
+    @override
+    def save(self) -> None:
+        """Append the rows since the last call; on a full disk they wait for the next."""
+        try:
+            super().save()
+        except OSError as error:
+            warnings.warn(f"{self.metrics_file_path} could not be written ({error}): trying again", stacklevel=2)
+
+    @override
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames)
+        writer.writeheader()
+        writer.writerows(rows)
+        durable.write_file(path, text.getvalue().encode())

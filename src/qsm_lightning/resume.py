@@ -1,0 +1,143 @@
+"""Going on with a run: which checkpoint, whether these settings are its run's, and what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import Timer
+
+from qsm_lightning import checkpoints
+from qsm_lightning.checkpoints import Checkpoint
+from qsm_lightning.errors import SettingError, require
+from qsm_lightning.runs import CHECKPOINTS, CONFIG
+
+# What may change when a run goes on: how long, where frames are kept, how it is evaluated and watched.
+FREE = {
+    *("total_frames", "storage", "storage_dir", "save_buffer"),
+    *("eval_every_frames", "eval_episodes", "eval_selector", "eval_candidates"),
+    *("env_processes", "env_timeout", "env_restarts"),
+}
+
+
+def run_of(path: str) -> tuple[Path, str]:
+    """The run's folder and the checkpoint, ``last`` by default, that ``--resume`` names.
+
+    Raises:
+        SettingError: when there is no run.
+    """
+    given = Path(path)
+    checkpoint = "last"
+    run = given
+    if (given / checkpoints.MANIFEST).exists():
+        run, checkpoint = given.parent.parent, path
+    require(
+        (run / CONFIG).is_file(),
+        f"--resume is {path!r}: there is no {run / CONFIG}; give the folder of a run, such as runs/Hopper-v5/version_0",
+    )
+    return run, checkpoint
+
+
+def locate(ckpt_path: str, run: Path | None, siblings: Path) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint to go on from, and a sentence for each damaged one that was passed over.
+
+    Args:
+        ckpt_path: ``last``, ``best``, a checkpoint's folder, or the state file in one.
+        run: the run's folder, where the configuration comes from one.
+        siblings: the folder of the runs of that name; the newest of them that has checkpoints is meant otherwise.
+
+    Raises:
+        SettingError: when there is no checkpoint or none that is whole.
+    """
+    if ckpt_path in ("last", "best"):
+        folder = run / CHECKPOINTS if run is not None else _newest_folder(siblings)
+        found = checkpoints.complete(folder) if folder is not None else []
+        require(
+            bool(found),
+            f"--ckpt_path is {ckpt_path}: there is no checkpoint below {run or siblings}; "
+            "leave it out to start from the beginning",
+        )
+        wanted = (ckpt_path == "best" and checkpoints.best(found[0].path.parent)) or found[-1]
+    else:
+        path = Path(ckpt_path)
+        require(path.exists(), f"--ckpt_path is {ckpt_path!r}: there is no such file")
+        wanted = Checkpoint(path.parent if path.is_file() else path)
+        require(
+            (wanted.path / checkpoints.MANIFEST).exists(),
+            f"--ckpt_path: {ckpt_path} is not a checkpoint that a run can go on from; give a folder with a "
+            f"{checkpoints.MANIFEST}, such as runs/Hopper-v5/version_0/checkpoints/000005000",
+        )
+    good, faults = checkpoints.newest_good(wanted.path.parent, wanted)
+    if good is None:
+        raise SettingError(f"{faults[0] if faults else wanted.path}: there is no older whole checkpoint to go on from")
+    return good, [f"{fault}; going on from {good.path} instead" for fault in faults]
+
+
+def _newest_folder(siblings: Path) -> Path | None:
+    folders = [path for path in siblings.glob(f"*/{CHECKPOINTS}") if checkpoints.complete(path)]
+    return max(folders, key=lambda path: checkpoints.complete(path)[-1].path.stat().st_mtime, default=None)
+
+
+def check(checkpoint: Checkpoint, state: dict[str, Any], here: dict[str, Any], total_frames: int) -> None:
+    """Raise :class:`SettingError` unless training can go on from ``checkpoint`` with these settings.
+
+    Args:
+        checkpoint: where it goes on.
+        state: its content.
+        here: the settings of this run, from :func:`identity`.
+        total_frames: frames to train for.
+    """
+    there = dict(identity(state["datamodule_hyper_parameters"], state["hyper_parameters"], state["run"]))
+    differ = [
+        f"{name} ({there[name]!r} there, {here[name]!r} here)"
+        for name in sorted(there.keys() & here.keys())
+        if there[name] != here[name]
+    ]
+    differ += [f"{name} (only there)" for name in sorted(there.keys() - here.keys()) if name.startswith("model.loss")]
+    differ += [f"{name} (only here)" for name in sorted(here.keys() - there.keys()) if name.startswith("model.loss")]
+    require(
+        not differ,
+        f"{checkpoint.path} was made with other settings: {', '.join(differ)}; go on with its own "
+        f"(qsm-fit --resume {checkpoint.run}), or leave --ckpt_path out to start anew",
+    )
+    progress = state["OffPolicyDataModule"]["progress"]
+    frames, owed = progress["frames"], progress["evaluated"] < progress["frames"]
+    require(
+        frames < total_frames or (frames >= total_frames and owed),
+        f"data.total_frames is {total_frames}: {checkpoint.path} is already at {frames} frames; give a greater number",
+    )
+
+
+def check_time(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Raise :class:`SettingError` if the run has used up ``trainer.max_time``, which counts over all its processes."""
+    for timer in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(timer, Timer) and timer._duration is not None:
+            used = state["callbacks"].get(timer.state_key, {}).get("time_elapsed", {}).get("train", 0.0)
+            require(
+                used < timer._duration,
+                f"trainer.max_time is {timedelta(seconds=timer._duration)}: the run has trained for "
+                f"{timedelta(seconds=round(used))} in all; give a greater one, or null",
+            )
+
+
+def identity(data: dict[str, Any], model: dict[str, Any], run: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings that make a run what it is, dotted, each with its value as plain data.
+
+    Args:
+        data: hyper-parameters of the datamodule.
+        model: hyper-parameters of the module.
+        run: seed and precision.
+    """
+    yield from ((f"data.{name}", _plain(value)) for name, value in data.items() if name not in FREE)
+    loss = model["loss"]
+    yield "model.loss", loss["class_path"]
+    yield from ((f"model.loss.{name}", _plain(value)) for name, value in loss["init_args"].items())
+    yield from ((f"model.{name}", _plain(value)) for name, value in model.items() if name != "loss")
+    yield from run.items()
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,114 @@
+"""The folder of a run: which it is, that one process uses it, and its curves cut back to where a run goes on."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import os
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Trainer
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from qsm_lightning import durable, trust
+from qsm_lightning.errors import SettingError, require
+
+CHECKPOINTS, CONFIG, METRICS = "checkpoints", "config.yaml", "metrics.csv"
+
+
+def check_writable(folder: Path) -> None:
+    """Raise :class:`SettingError` unless ``folder`` exists or can be made, and can be written; makes nothing."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    require(
+        existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
+        f"trainer.default_root_dir is {str(folder)!r}: {existing} is not a folder that can be written; choose another",
+    )
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The run's folder: the first logger's. Unlike ``trainer.log_dir`` it can be asked for on one rank alone."""
+    folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
+    return Path(next(filter(None, folders), trainer.default_root_dir))
+
+
+def resume_command(checkpoint: Path) -> str:
+    """The command that goes on from a checkpoint: shorter where it is the last of a run with its configuration."""
+    run = checkpoint.parent.parent
+    if not (run / CONFIG).is_file():
+        return shlex.join(["qsm-fit", "--config", "CONFIG", "--ckpt_path", str(checkpoint)])
+    try:
+        trust.check_config(run / CONFIG)
+    except SettingError:
+        return shlex.join(["qsm-fit", "--resume", str(run), "--trust"])  # it is the user's own
+    return shlex.join(["qsm-fit", "--resume", str(run)])
+
+
+def lock(run: Path) -> Any:
+    """Hold a run's folder for this process until it ends, however it ends; returns what must be kept to hold it.
+
+    Raises:
+        SettingError: when another process holds it.
+    """
+    folder = run / CHECKPOINTS
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise SettingError(
+            f"{run} is in use: another qsm-fit trains there; wait for its end, or leave out --ckpt_path"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def cut_curves(run: Path, frames: int, evaluated: bool) -> None:
+    """Remove from the curves what lies after ``frames``, so that nothing stands there twice when a run goes on.
+
+    Args:
+        run: the run's folder, with metrics.csv and event files as far as there are any.
+        frames: the frame it goes on from.
+        evaluated: whether the evaluation at that very frame is part of the past.
+    """
+
+    def keeps(step: int, names: Iterable[str]) -> bool:
+        repeated = not evaluated and any(name.startswith("eval") for name in names)
+        return step < frames or (step == frames and not repeated)
+
+    _cut_csv(run / METRICS, keeps)
+    for path in sorted(run.glob("events.out.tfevents.*")):
+        _cut_events(path, keeps)
+
+
+def _cut_csv(path: Path, keeps: Any) -> None:
+    if not path.is_file():
+        return
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = [row for row in reader if None not in row.values() and None not in row]  # a torn last line is not whole
+        names = reader.fieldnames or []
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(row for row in rows if keeps(int(float(row["step"])), [k for k in names if row[k] != ""]))
+    durable.write_file(path, text.getvalue().encode())
+
+
+def _cut_events(path: Path, keeps: Any) -> None:
+    content = io.BytesIO()
+    writer = RecordWriter(content)
+    for record in RawEventFileLoader(str(path)).Load():
+        event = Event.FromString(record)
+        names = [value.tag for value in event.summary.value]
+        settings = any(name.startswith("_hparams_") for name in names)
+        if not names or settings or keeps(event.step, names):
+            writer.write(record)
+    durable.write_file(path, content.getvalue())

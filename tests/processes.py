@@ -1,0 +1,78 @@
+"""The command line in processes that start quickly: forked from a server that has imported the package.
+
+Each is a process of its own, with its own generators, environments and signal handlers, begun at the command's entry
+point; tests that send signals or kill use them. ``conftest.command`` starts the installed script instead.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.helpers import has
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["qsm_lightning.cli", *(["dm_control.suite"] if has("dm_control") else [])])
+
+
+def _main(name: str, args: list[str], folder: Path, log: Path) -> None:
+    os.chdir(folder)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.argv = [name, *args]
+    import torch
+
+    from qsm_lightning import cli
+
+    torch.set_num_threads(1)
+    {"qsm-fit": cli.fit, "qsm-eval": cli.evaluate}[name]()
+
+
+class Run:
+    """A running ``qsm-fit`` in ``folder``; what it prints is in :attr:`text`."""
+
+    def __init__(self, folder: Path, *args: object, name: str = "qsm-fit") -> None:
+        self.log = folder / f"log-{time.monotonic_ns()}.txt"
+        self.log.touch()
+        self.process = CONTEXT.Process(target=_main, args=(name, [str(arg) for arg in args], folder, self.log))
+        self.process.start()
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit status, as a shell gives it."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout} s:\n{self.text}")
+        code = self.process.exitcode
+        assert code is not None
+        return code if code >= 0 else 128 - code
+
+    def until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
+        """Wait for something to be so while it runs."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.process.is_alive(), f"ended before:\n{self.text}"
+            assert time.monotonic() < end, f"not within {timeout} s:\n{self.text}"
+            time.sleep(0.01)
+
+    def signal(self, signum: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signum)
+
+
+def fit(folder: Path, *args: object, status: int = 0) -> str:
+    """Run ``qsm-fit`` to its end; returns what it printed."""
+    run = Run(folder, *args)
+    assert run.wait() == status, run.text
+    return run.text

@@ -1,0 +1,135 @@
+"""A run that was stopped goes on as if nothing had happened: bit by bit, in its own folder."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qsm_lightning import checkpoints
+from tests.compare import assert_same, curves, differences, last, rows, state
+from tests.helpers import SHRINK, needs_dmc
+from tests.processes import Run, fit
+
+TINY = [
+    *("--config=pendulum", *SHRINK, "--data.total_frames=90", "--data.eval_every_frames=30"),
+    *("--data.eval_selector=sample", "--data.eval_episodes=1", "--metrics.every_frames=10"),
+]
+# name: settings, and the frames of the checkpoints that it is resumed from
+EXACT = {
+    "Pendulum": ([], [15, 30, 45]),
+    "Hopper, memory-mapped": (["--data.env=Hopper-v5", "--data.storage=memmap"], [15, 45, 60]),
+    "dm_control": (["--data.env=dmc:reacher/easy"], [45]),
+    "a model changed at resets": (["--data.env=dmc:fish/swim"], [75]),
+    "parallel environments": (["--data.env=Ant-v5", "--data.num_envs=3", "--data.frames_per_batch=6"], [18, 48, 66]),
+    "several dm_control tasks": (["--data.env=dmc:cartpole/swingup", "--data.num_envs=2"], [46]),
+    "fractional utd": (["--data.utd=0.3"], [45, 61]),
+    "several updates a frame": (["--data.utd=3"], [45]),
+    "a ring that wraps": (["--data.buffer_size=33"], [15, 45, 75]),
+    "an environment's own state": (["--data.env=tests.fake_envs:Wanderer-v0", "--data.frames_per_batch=3"], [18, 48]),
+}
+
+
+def run_folder(folder: Path) -> Path:
+    return next(folder.glob("runs/*/version_0"))
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=needs_dmc) if "dm" in c or "model" in c else c for c in EXACT])
+def test_going_on_is_bitwise_equal_to_never_having_stopped(case: str, tmp_path: Path) -> None:
+    """Every checkpoint of a run, in the warm-up, between evaluations, at one, in the middle of episodes."""
+    settings, frames = EXACT[case]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    fit(whole, *TINY, *settings, "--checkpoint.every_frames=15", "--checkpoint.keep_last=100")
+    for frame in frames:
+        again = tmp_path / str(frame)
+        shutil.copytree(whole, again)
+        run = run_folder(again)
+        start = next(c for c in checkpoints.complete(run / "checkpoints") if c.order[0] >= frame)
+        out = fit(again, "--config", run / "config.yaml", "--ckpt_path", start.path, "--trust")
+        assert f"from frame {start.order[0]}" in out
+        assert "begins new episodes" not in out
+        assert_same(run_folder(whole), run)
+        assert len(list(again.glob("runs/*/*"))) == 1, "it went on elsewhere"
+
+
+def test_twice_as_long_is_the_same_as_two_runs(tmp_path: Path) -> None:
+    """N frames, exit, a new process, N more; total_frames grows on the way."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    fit(tmp_path / "one", *TINY, "--data.total_frames=180")
+    fit(tmp_path / "two", *TINY)
+    run = run_folder(tmp_path / "two")
+    fit(tmp_path / "two", "--resume", run, "--data.total_frames=180")
+    assert_same(run_folder(tmp_path / "one"), run)
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["total_frames"] == 180
+    assert [step for step, _ in curves(run)["eval/return"]] == [30, 60, 90, 120, 150, 180]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("place", ["warm-up", "update", "evaluation"])
+def test_a_signal_stops_with_a_checkpoint_from_anywhere(place: str, signum: int, status: int, tmp_path: Path) -> None:
+    """Going on from there is exact as well."""
+    settings = {
+        "warm-up": ["--data.init_random_frames=3000", "--data.total_frames=3010", "--data.eval_every_frames=3010"],
+        "update": ["--data.frames_per_batch=400", "--data.total_frames=1200", "--data.eval_every_frames=1200"],
+        "evaluation": ["--data.eval_episodes=20", "--data.eval_selector=best_of_n"],
+    }[place]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    whole = Run(tmp_path / "one", *TINY, *settings)
+    stopped = Run(tmp_path / "two", *TINY, *settings)
+    stopped.until(lambda: "replay buffer" in stopped.text)
+    if place == "evaluation":
+        stopped.until(lambda: bool(list(tmp_path.glob("two/runs/*/*/metrics.csv"))))
+        stopped.until(lambda: len((run_folder(tmp_path / "two") / "metrics.csv").read_text().splitlines()) > 3)
+    time.sleep(0.7)
+    stopped.signal(signum)
+    assert stopped.wait(30) == status, stopped.text
+    assert "resume with: qsm-fit --resume" in stopped.text
+    assert "Traceback" not in stopped.text
+    run = run_folder(tmp_path / "two")
+    if place == "update":
+        owed = state(run)["OffPolicyDataModule"]["ranks"][0]["owed"]
+        assert owed is not None, "not within a batch of updates"
+    fit(tmp_path / "two", *stopped.text.split("resume with: qsm-fit ")[1].split())
+    assert whole.wait() == 0
+    assert_same(run_folder(tmp_path / "one"), run)
+
+
+def test_sigusr1_writes_a_checkpoint_and_goes_on(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path, *TINY, "--data.total_frames=6000", "--data.init_random_frames=5900", "--data.eval_every_frames=6000"
+    )
+    run.until(lambda: "replay buffer" in run.text)
+    run.until(lambda: bool(list(tmp_path.glob("runs/*/*/metrics.csv"))))
+    run.signal(signal.SIGUSR1)
+    run.until(lambda: bool(list(tmp_path.glob("runs/*/*/checkpoints/0*"))))
+    assert run.wait() == 0, run.text
+    first, *_, end = checkpoints.complete(run_folder(tmp_path) / "checkpoints")
+    assert 0 < first.order[0] < 6000
+    assert end.order[0] == 6000
+
+
+def test_the_wall_clock_stops_a_run_with_a_checkpoint(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    settings = ["--data.total_frames=3000", "--data.init_random_frames=2900", "--data.eval_every_frames=1000"]
+    whole = Run(tmp_path / "one", *TINY, *settings)
+    fit(tmp_path / "two", *TINY, *settings, "--trainer.max_time={seconds: 1}")
+    run = run_folder(tmp_path / "two")
+    frames = last(run).order[0]
+    assert 0 < frames < 3000
+    out = fit(tmp_path / "two", "--resume", run, status=2)
+    assert "trainer.max_time" in out
+    fit(tmp_path / "two", "--resume", run, "--trainer.max_time=null")
+    assert whole.wait() == 0
+    one, two = state(run_folder(tmp_path / "one")), state(run)
+    different = differences(one, two)
+    assert all("RunCheckpoint" in d or "PolicyPicture" in d for d in different), different
+    extra = [row for row in rows(run) if row not in rows(run_folder(tmp_path / "one"))]
+    assert {float(row["step"]) for row in extra} == {frames}, "but for the evaluation at the stop the curves agree"
