@@ -93,6 +93,18 @@ class Faulty(Bandit):
         return observation, reward, *rest  # type: ignore[return-value]
 
 
+class Overflow(Bandit):
+    """A reward that a squared error cannot hold, from its 80th step on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        observation, _, *rest = super().step(action)
+        return observation, 1e38 if self.count >= 80 else 0.0, *rest  # type: ignore[return-value]
+
+
 class Parts(Bandit):
     """A dictionary observation with parts named out of order."""
 
@@ -123,7 +135,7 @@ class Matrix(Bandit):
     action_space = gym.spaces.Box(-1, 1, (2, 3), np.float32)
 
 
-for name in ("Bandit", "Clock", "Wanderer", "Parts", "Unbounded", "Matrix"):
+for name in ("Bandit", "Clock", "Wanderer", "Overflow", "Parts", "Unbounded", "Matrix"):
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{name}")
 for what in ("observation", "reward"):
     gym.register(f"Faulty{what.title()}-v0", entry_point=f"{__name__}:Faulty", kwargs={"what": what})

@@ -12,6 +12,7 @@ from tests.conftest import Command
 from tests.helpers import SHRINK
 
 PENDULUM = ["--config", "pendulum"]
+HUGE = ["--data.buffer_size", "1000000000000", "--data.total_frames", "1000000000000"]
 FILES = {
     "broken.yaml": "data: [1\n  env: }",
     "text.yaml": "just text\n",
@@ -46,7 +47,7 @@ CASES = {
     "malformed file": (["--config", "broken.yaml"], "'broken.yaml'.*not valid YAML.*line"),
     "text file": (["--config", "text.yaml"], "'text.yaml'.*must hold settings"),
     "unresolved": (["--config", "interpolated.yaml"], "NO_SUCH_VARIABLE"),
-    "no checkpoint": ([*PENDULUM, "--ckpt_path", "not_a.ckpt"], "not_a.ckpt is not a checkpoint"),
+    "no checkpoint": ([*PENDULUM, "--ckpt_path", "not_a.ckpt"], "not_a.ckpt is not a checkpoint.*manifest"),
     "missing checkpoint": ([*PENDULUM, "--ckpt_path", "gone.ckpt"], "--ckpt_path is 'gone.ckpt'.*no such file"),
     "no last checkpoint": ([*PENDULUM, "--ckpt_path", "last"], "--ckpt_path is last.*no checkpoint"),
     "unwritable folder": ([*PENDULUM, "--trainer.default_root_dir", "file/runs"], "trainer.default_root_dir"),
@@ -54,6 +55,11 @@ CASES = {
     "matrix actions": ([*PENDULUM, "--data.env", "tests.fake_envs:Matrix-v0"], r"data.env.*shape \(2, 3\).*flatten"),
     "nothing to learn": ([*PENDULUM, "--data.total_frames", "1000"], "data.total_frames is 1000.*init_random_frames"),
     "Lightning's cadence": ([*PENDULUM, "--trainer.check_val_every_n_epoch", "2"], "data.eval_every_frames"),
+    "no run": ([*PENDULUM, "--resume", "nowhere"], "--resume is 'nowhere'.*folder of a run"),
+    "zero checkpoints": ([*PENDULUM, "--checkpoint.keep_last", "0"], "checkpoint.keep_last is 0"),
+    "negative restarts": ([*PENDULUM, "--data.env_restarts", "-1"], "data.env_restarts is -1"),
+    "too little memory": ([*PENDULUM, *HUGE], "data.buffer_size is 1000000000000.*of memory.*memmap"),
+    "too little disk": ([*PENDULUM, *HUGE, "--data.storage", "memmap"], "data.buffer_size is 1000000000000.*of disk"),
     "no devices": ([*PENDULUM, "--trainer.devices", "0"], "devices"),
 }
 
@@ -124,11 +130,12 @@ def test_qsm_eval_refuses(args: list[str], pattern: str, command: Command, tmp_p
 def test_a_checkpoint_of_another_environment(command: Command, tmp_path: Path) -> None:
     done = command("qsm-fit", *PENDULUM, *SHRINK, "--data.eval_selector=sample")
     assert done.returncode == 0, done.stderr
-    checkpoint = next(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))
+    checkpoint = next(tmp_path.glob("runs/*/*/checkpoints/0*"))
     before = snapshot(tmp_path)
     result = command("qsm-fit", "--config", "hopper", *SHRINK, "--ckpt_path", checkpoint)
     assert result.returncode == 2
-    assert "is of Pendulum-v1 with other shapes" in result.stderr
+    assert "data.env ('Pendulum-v1' there, 'Hopper-v5' here)" in result.stderr
+    assert "model.loss.m_q (1" in result.stderr
     assert "Traceback" not in result.stderr
     again = command("qsm-fit", *PENDULUM, *SHRINK, "--ckpt_path", checkpoint)
     assert again.returncode == 2

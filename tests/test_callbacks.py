@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from qsm_lightning import callbacks as cb
 from qsm_lightning.callbacks.policy_picture import draw_policy
+from qsm_lightning.checkpoints import complete
 from qsm_lightning.collect import Progress, RecentExperience
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.envs import make_render_env
@@ -46,76 +48,99 @@ def test_a_diverged_loss_stops_with_its_name_and_frame() -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_at_the_next_batch_and_handlers_come_back(signum: signal.Signals, tmp_path: Path) -> None:
-    before = signal.getsignal(signum)
-    callback, writer, trainer = cb.CheckpointOnSignal(), cb.RunCheckpoint(), stand_in(7)
-    trainer.loggers, trainer.checkpoint_callbacks = [SimpleNamespace(log_dir=str(tmp_path))], [writer]
-    writer.setup(trainer, Mock(), "fit")
+def test_a_signal_is_noted_and_handlers_come_back(signum: signal.Signals) -> None:
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    callback, writer, trainer = cb.StopOnSignal(), cb.RunCheckpoint(), stand_in(7, stop_signal=None)
+    trainer.checkpoint_callbacks = [writer]
     callback.setup(trainer, Mock(), "fit")
     callback.on_train_start(trainer, Mock())
-    callback.on_train_batch_end(trainer, Mock(), None, None, 0)
-    trainer.save_checkpoint.assert_not_called()
+    signal.raise_signal(signal.SIGUSR1)
+    assert writer.wanted
+    assert trainer.datamodule.stop_signal is None
     signal.raise_signal(signum)
+    assert trainer.datamodule.stop_signal == signum
+    signal.raise_signal(signal.SIGTERM)  # again, from an impatient scheduler: the checkpoint is under way
     with pytest.raises(Interrupted) as stop:
-        callback.on_train_batch_end(trainer, Mock(), None, None, 0)
-    assert stop.value.signum == signum
-    trainer.save_checkpoint.assert_called_once_with(tmp_path / "checkpoints" / "last.ckpt", weights_only=False)
-    callback.on_exception(trainer, Mock(), stop.value)
-    assert signal.getsignal(signum) is before
-
-
-def test_a_second_ctrl_c_does_not_wait() -> None:
-    callback = cb.CheckpointOnSignal()
-    callback.setup(Mock(), Mock(), "fit")
-    signal.raise_signal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="nothing was saved"):
         signal.raise_signal(signal.SIGINT)
-    callback.teardown(Mock(), Mock(), "fit")
+    assert stop.value.at_once
+    callback.teardown(trainer, Mock(), "fit")
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_last_and_best_follow_the_evaluations(tmp_path: Path) -> None:
-    """Also when no optimizer steps in between, and over a resume into another folder."""
+class Writing:
+    """A trainer that a RunCheckpoint can save, in ``folder``."""
 
-    def trainer_in(folder: Path) -> Mock:
-        trainer = stand_in()
-        trainer.loggers = [SimpleNamespace(log_dir=str(folder))]
+    def __init__(self, folder: Path, frames: int = 0) -> None:
+        self.trainer = stand_in(frames, evaluation_owed=False)
+        self.trainer.loggers = [SimpleNamespace(log_dir=str(folder))]
+        self.trainer.ckpt_path = None
+        self.trainer.datamodule.save_replay.return_value = {}
+        self.trainer.save_checkpoint.side_effect = lambda path, weights_only: path.write_text("state")
+        self.folder = folder / "checkpoints"
 
-        def save(path: Path, weights_only: bool) -> None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(f"{trainer.callback_metrics['eval/return'].item():.0f}")
+    def evaluate(self, writer: cb.RunCheckpoint, score: float) -> list[str]:
+        self.trainer.callback_metrics = {"eval/return": torch.tensor(score)}
+        self.trainer.datamodule.progress.frames += 10
+        writer.on_validation_end(self.trainer, Mock())
+        return [checkpoint.path.name.lstrip("0") for checkpoint in complete(self.folder)]
 
-        trainer.save_checkpoint.side_effect = save
-        return trainer
 
-    def evaluate(writer: cb.RunCheckpoint, trainer: Mock, score: float) -> tuple[str, str]:
-        trainer.callback_metrics = {"eval/return": torch.tensor(score)}
-        trainer.datamodule.progress.frames += 10
-        writer.on_validation_end(trainer, Mock())
-        assert writer.last is not None
-        return writer.last.read_text(), writer.last.with_name("best.ckpt").read_text()
-
-    writer, trainer = cb.RunCheckpoint(), trainer_in(tmp_path / "a")
-    writer.setup(trainer, Mock(), "fit")
-    assert [evaluate(writer, trainer, s) for s in (-5, -9, -1, -3)] == [
-        ("-5", "-5"),
-        ("-9", "-5"),
-        ("-1", "-1"),
-        ("-3", "-1"),
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    """Also when no optimizer steps in between."""
+    writer, run = cb.RunCheckpoint(keep_last=2), Writing(tmp_path)
+    writer.on_train_start(run.trainer, Mock())
+    kept = [run.evaluate(writer, score) for score in (-5, -9, -7, -1, -3, -3, -8)]
+    assert kept == [
+        ["10"],
+        ["10", "20"],
+        ["10", "20", "30"],
+        ["30", "40"],
+        ["40", "50"],
+        ["40", "50", "60"],
+        ["40", "60", "70"],
     ]
-    calls = trainer.save_checkpoint.call_count
-    writer.on_train_end(trainer, Mock())
-    assert trainer.save_checkpoint.call_count == calls, "nothing new to save"
-    resumed, trainer = cb.RunCheckpoint(), trainer_in(tmp_path / "b")
-    resumed.setup(trainer, Mock(), "fit")
-    resumed.load_state_dict(writer.state_dict())
-    resumed.on_train_start(trainer, Mock())
-    assert (tmp_path / "b" / "checkpoints" / "best.ckpt").read_text() == "-1"
-    assert evaluate(resumed, trainer, -2) == ("-2", "-1")
-    assert evaluate(resumed, trainer, 0) == ("0", "0")
+    assert writer.best_return == -1
+    assert writer.best is not None
+    assert writer.best.order == (40, 0)
+    calls = run.trainer.save_checkpoint.call_count
+    writer.on_train_end(run.trainer, Mock())
+    assert run.trainer.save_checkpoint.call_count == calls, "nothing new to save"
+
+
+def test_checkpoints_between_evaluations(tmp_path: Path) -> None:
+    writer, run = cb.RunCheckpoint(every_frames=30, keep_last=9), Writing(tmp_path)
+    writer.on_train_start(run.trainer, Mock())
+    progress = run.trainer.datamodule.progress
+    for progress.frames in range(7, 100, 7):
+        run.trainer.datamodule.evaluation_owed = progress.frames == 35  # it will be saved after that evaluation
+        writer.on_train_batch_end(run.trainer, Mock(), None, None, 0)
+    assert [checkpoint.order[0] for checkpoint in complete(run.folder)] == [42, 77]
+
+
+def test_a_full_disk_costs_a_warning_and_another_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The older one stays, nothing half-written is left, and the next attempt does not wait for an evaluation."""
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr("qsm_lightning.callbacks.checkpoint.time", clock)
+    writer, run = cb.RunCheckpoint(), Writing(tmp_path)
+    writer.on_train_start(run.trainer, Mock())
+    run.evaluate(writer, -1)
+    good = run.trainer.save_checkpoint.side_effect
+    run.trainer.save_checkpoint.side_effect = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.warns(UserWarning, match="No space left on device.*the last one is .*000000010.*trying again"):
+        assert run.evaluate(writer, -2) == ["10"]
+    assert not list(run.folder.glob(".staging*"))
+    run.trainer.save_checkpoint.side_effect = good
+    clock.now = 59.0
+    writer.on_train_batch_end(run.trainer, Mock(), None, None, 0)
+    assert len(complete(run.folder)) == 1
+    clock.now = 60.0
+    writer.on_train_batch_end(run.trainer, Mock(), None, None, 0)
+    assert [checkpoint.order[0] for checkpoint in complete(run.folder)] == [10, 20]
 
 
 def test_metrics_are_written_every_so_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 10.0, 110.0, 110.0])
+    clock = iter([0.0, 10.0, 10.0])
     monkeypatch.setattr("qsm_lightning.callbacks.metrics.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     recent = RecentExperience([3.0, 5.0], [10, 20], frames=100, at_bounds=25.0)
     trainer = stand_in(0, buffer=[0] * 7, take_recent=Mock(return_value=recent))
@@ -248,6 +273,8 @@ def test_envpool_is_not_rendered() -> None:
         (lambda: cb.PolicyPicture(-1), "picture.every_evaluations"),
         (lambda: cb.PolicyPicture(states=0), "picture.states"),
         (lambda: cb.EvaluationVideo(0), "every_evaluations"),
+        (lambda: cb.RunCheckpoint(every_frames=0), "checkpoint.every_frames"),
+        (lambda: cb.RunCheckpoint(keep_last=0), "checkpoint.keep_last"),
     ],
 )
 def test_settings_out_of_range_are_refused(make: Any, words: str) -> None:

@@ -12,6 +12,7 @@ from qsm_lightning.cli import fit
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.losses import QSM
 from qsm_lightning.messages import loss_settings
+from tests.compare import last
 from tests.helpers import CONFIGS, ROOT, SHRINK, has
 
 NAMES = [str(path.relative_to(ROOT / "conf").with_suffix("")) for path in CONFIGS]
@@ -36,7 +37,7 @@ def test_a_configuration_trains(
     assert "final return: " in out
     assert "best return: " in out
     run = next(tmp_path.glob("runs/*/version_0"))
-    assert (run / "checkpoints" / "last.ckpt").is_file()
+    last(run)
     config = yaml.safe_load((run / "config.yaml").read_text())
     expected = 120.0 if name in ("dmc/quadruped_walk", "dmc/humanoid_walk") else 1.0 if name == "pendulum" else 50.0
     assert config["model"]["loss"]["init_args"]["m_q"] == expected

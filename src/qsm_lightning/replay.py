@@ -24,7 +24,7 @@ FRAME_KEYS = (
     ("next", "terminated"),
     ("next", "done"),
 )
-CHUNK_BYTES = 32 * 2**20  # frames are written in pieces of at most this size, which bounds the memory needed
+CHUNK_BYTES = 16 * 2**20  # frames are written in pieces of at most this size, which bounds the memory needed
 
 
 def frame_bytes(observation_dim: int, action_dim: int) -> int:
@@ -85,18 +85,22 @@ class ReplayArchive:
         chunks = [chunk for chunk in self.chunks if chunk.stop > oldest]
         first = max([oldest, *(chunk.stop for chunk in chunks)])
         while first < total:
-            size = sum(value[0].nbytes for value in buffer[:1].select(*FRAME_KEYS).values(True, True))
-            stop = min(total, first + max(1, CHUNK_BYTES // size))
-            frames = buffer[torch.arange(first, stop) % capacity].select(*FRAME_KEYS)
-            content = durable.packed({name: value.contiguous() for name, value in frames.flatten_keys(".").items()})
-            record = durable.record_of(content)
-            name = f"{self.rank}-{first:012}-{stop:012}-{record['sha256'][:12]}.pt"
-            durable.write_file(self.folder / name, content)
-            chunks.append(Chunk(first, stop, name, record))
-            first = stop
+            chunks.append(self._write(buffer, first, total))
+            first = chunks[-1].stop
         durable.sync(self.folder)
         self.chunks = chunks
         return chunks
+
+    def _write(self, buffer: TensorDictReplayBuffer, first: int, total: int) -> Chunk:
+        """The next file: frame ``first`` and as many of those before ``total`` as it may hold."""
+        size = sum(value[0].nbytes for value in buffer[:1].select(*FRAME_KEYS).values(True, True))
+        stop = min(total, first + max(1, CHUNK_BYTES // size))
+        frames = buffer[torch.arange(first, stop) % buffer.storage.max_size].select(*FRAME_KEYS)
+        content = durable.packed({name: value.contiguous() for name, value in frames.flatten_keys(".").items()})
+        record = durable.record_of(content)
+        name = f"{self.rank}-{first:012}-{stop:012}-{record['sha256'][:12]}.pt"
+        durable.write_file(self.folder / name, content)
+        return Chunk(first, stop, name, record)
 
     def load(self, buffer: TensorDictReplayBuffer, total: int) -> None:
         """Refill an empty ``buffer`` of the same capacity: every frame where it was, and the next to write as well.
@@ -114,10 +118,12 @@ class ReplayArchive:
             {"_cursor": self.chunks[0].first % buffer.storage.max_size, "_write_count": self.chunks[0].first}
         )
         for chunk in self.chunks:
-            frames = load_tensors(self.folder / Path(chunk.file).name)
-            batch = TensorDict(frames, [chunk.stop - chunk.first]).unflatten_keys(".")
-            buffer.extend(batch)
+            buffer.extend(self._read(chunk))
         assert buffer.write_count == total, f"{buffer.write_count} frames of {total} were restored"
+
+    def _read(self, chunk: Chunk) -> TensorDict:
+        frames = load_tensors(self.folder / Path(chunk.file).name)
+        return TensorDict(frames, [chunk.stop - chunk.first]).unflatten_keys(".")
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
