@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -77,6 +78,34 @@ class Wanderer(gym.Env):
         return self._observation(), float(oldest), bool(abs(self.place[0]) > 4), self.info["steps"] >= 9, {}
 
 
+class Own(Wanderer):
+    """Keeps part of its state out of sight, and tells it itself."""
+
+    def __init__(self) -> None:
+        self.hidden = SimpleNamespace(count=0)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.hidden.count += 1
+        observation, reward, *rest = super().step(action)
+        return observation, reward + self.hidden.count, *rest  # type: ignore[return-value]
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = {k: v for k, v in vars(self).items() if k not in ("hidden", "spec", "_np_random")}
+        return {"count": self.hidden.count, "kept": kept, "random": self.np_random.bit_generator.state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.hidden.count = state["count"]
+        vars(self).update(state["kept"])
+        self.np_random.bit_generator.state = state["random"]
+
+
+class Secret(Bandit):
+    """Keeps something of unknown kind."""
+
+    def __init__(self) -> None:
+        self.secret = object()
+
+
 class Faulty(Bandit):
     """Returns NaN as ``what`` from its 50th step on."""
 
@@ -135,7 +164,7 @@ class Matrix(Bandit):
     action_space = gym.spaces.Box(-1, 1, (2, 3), np.float32)
 
 
-for name in ("Bandit", "Clock", "Wanderer", "Overflow", "Parts", "Unbounded", "Matrix"):
+for name in ("Bandit", "Clock", "Wanderer", "Own", "Secret", "Overflow", "Parts", "Unbounded", "Matrix"):
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{name}")
 for what in ("observation", "reward"):
     gym.register(f"Faulty{what.title()}-v0", entry_point=f"{__name__}:Faulty", kwargs={"what": what})

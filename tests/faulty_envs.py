@@ -79,8 +79,10 @@ class Faulty(gym.Env):
         return None
 
     def _observation(self, fault: str | None) -> np.ndarray:
-        life = self.life if self.where == "training" else 0  # an evaluation that is repeated is the same
-        observation = np.array([self.age, self.episode, life, self.np_random.normal()], np.float64)
+        place = [self.age, self.episode, self.life]
+        if self.where != "training":
+            place = [self.steps, 0, 0]  # an evaluation is the same whatever the environment did before
+        observation = np.array([*place, self.np_random.normal()], np.float64)
         if fault == "NaN":
             observation[NOISE] = np.nan
         return np.append(observation, 0.0) if fault == "shape" else observation
@@ -89,8 +91,8 @@ class Faulty(gym.Env):
         super().reset(seed=seed)
         if seed == EVALUATION_SEED:
             self.where = "evaluation"
-        fault = self._fault("reset")
         self.steps = 0
+        fault = self._fault("reset")
         self.episode += 1
         return self._observation(fault), {}
 

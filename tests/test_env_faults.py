@@ -197,8 +197,10 @@ def test_failed_environments_are_built_anew(
     said = [line for line in text.splitlines() if f"environment {NAME} " in line]
     assert ["built anew (1 of 2)" in said[0], "built anew (2 of 2)" in said[1], len(said)] == [True, True, 2]
     assert_ended(tmp_path, lives)
-    progress = state(run_of(tmp_path))["OffPolicyDataModule"]["progress"]
+    content = state(run_of(tmp_path))["OffPolicyDataModule"]
+    progress = content["progress"]
     assert [progress["frames"], progress["updates"], progress["env_restarts"]] == [90, 50, 2]
+    assert content["ranks"][0]["frames"] == 90, "another warm-up"
     assert progress["episodes"] == sum(count // LENGTH for count in lives)
 
 

@@ -1,4 +1,4 @@
-"""State of Python and NumPy as a checkpoint holds it: written, loaded with ``weights_only=True``, and back as it was."""
+"""State of Python and NumPy as a checkpoint holds it: written, loaded with ``weights_only=True``, as it was."""
 
 from __future__ import annotations
 

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from qsm_lightning import checkpoints
 from tests.compare import assert_same, curves, differences, last, rows, state
-from tests.helpers import SHRINK, needs_dmc
+from tests.helpers import SHRINK, needs_dmc, needs_envpool
 from tests.processes import Run, fit
 
 TINY = [
@@ -133,3 +134,62 @@ def test_the_wall_clock_stops_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     assert all("RunCheckpoint" in d or "PolicyPicture" in d for d in different), different
     extra = [row for row in rows(run) if row not in rows(run_folder(tmp_path / "one"))]
     assert {float(row["step"]) for row in extra} == {frames}, "but for the evaluation at the stop the curves agree"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(["--data.env=envpool:Pendulum-v1", "--data.num_envs=2"], marks=needs_envpool),
+        ["--data.env_processes=true", "--data.num_envs=2"],
+        ["--data.env=tests.fake_envs:Secret-v0"],
+    ],
+    ids=["envpool", "processes", "unknown attributes"],
+)
+def test_without_the_environments_state_the_rest_goes_on_exactly(settings: list[str], tmp_path: Path) -> None:
+    """Said when the run starts and when it goes on; episodes begin anew, and nothing else does."""
+    out = fit(tmp_path, *TINY, *settings)
+    assert out.count("cannot give its state") == 1
+    run = run_folder(tmp_path)
+    before = state(run)
+    out = fit(tmp_path, "--resume", run, "--data.total_frames=91", "--trust")
+    assert out.count("begins new episodes") == 1
+    after = state(run)
+    ranks = [content["OffPolicyDataModule"]["ranks"][0] for content in (before, after)]
+    for key, value in ranks[0]["replay"].items():
+        assert torch.equal(value, ranks[1]["replay"][key][:90])
+    assert ranks[1]["progress"]["updates"] - ranks[0]["progress"]["updates"] == len(ranks[1]["replay"]["action"]) - 90
+    again = tmp_path / "again"
+    shutil.copytree(tmp_path / "runs", again / "runs")
+    checkpoint = checkpoints.complete(run_folder(again) / "checkpoints")[-2]
+    args = ["--ckpt_path", checkpoint.path, "--data.total_frames=91", "--trust"]
+    fit(again, "--config", run_folder(again) / "config.yaml", *args)
+    assert_same(run, run_folder(again))  # new episodes from derived seeds, the same every time
+
+
+def test_without_its_buffer_a_run_refills_one_first(tmp_path: Path) -> None:
+    """With its policy's frames, as many as the warm-up, that are worth no updates; said in one line."""
+    fit(tmp_path, *TINY, "--data.save_buffer=false")
+    run = run_folder(tmp_path)
+    assert not list((run / "checkpoints" / "replay").glob("*"))
+    updates = last(run).manifest(), checkpoints.load(last(run).state)["OffPolicyDataModule"]["progress"]["updates"]
+    out = fit(tmp_path, "--resume", run, "--data.total_frames=180")
+    assert "the policy collects 40 frames before updates go on, and what follows differs" in out
+    progress = checkpoints.load(last(run).state)["OffPolicyDataModule"]["progress"]
+    assert progress["frames"] == 180
+    assert progress["updates"] == updates[1] + 180 - 90 - 40
+    logged = {int(float(row["step"])): row for row in rows(run) if "train/updates" in row}
+    assert [float(logged[frame]["train/updates"]) for frame in (90, 100, 130, 140, 180)] == [50, 50, 50, 60, 100]
+    assert float(logged[100]["train/buffer_size"]) == 10
+
+
+def test_a_run_can_go_back_and_take_another_way(tmp_path: Path) -> None:
+    """From an older checkpoint: its curves are cut there, and the newer checkpoints stay, out of the way."""
+    fit(tmp_path, *TINY, "--checkpoint.keep_last=9")
+    run = run_folder(tmp_path)
+    fit(tmp_path, "--resume", run / "checkpoints" / "000000030", "--data.total_frames=50")
+    assert [c.path.name for c in checkpoints.complete(run / "checkpoints")] == ["000000030", "000000050"]
+    for name in ("000000060", "000000090"):
+        aside = checkpoints.Checkpoint(run / "checkpoints" / f"{name}.aside")
+        aside.verify()
+    assert [step for step, _ in curves(run)["eval/return"]] == [30, 50]
+    assert {float(row["step"]) for row in rows(run)} == {10, 20, 30, 40, 50}

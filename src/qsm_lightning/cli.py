@@ -281,6 +281,8 @@ def _fit(args: list[str] | None) -> None:
         here = dict(resume.identity(cli.datamodule.hparams, cli.model.hparams, cli.model.run_identity(trainer)))
         resume.check(checkpoint, state, here, cli.datamodule.total_frames)
         resume.check_time(trainer, state)
+        if other := resume.other_versions(checkpoint):
+            log.warning("%s was made with %s: what follows may differ in the last bits", checkpoint.path, other)
     writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), None)
     size = resources.report(cli.datamodule, run, saved=writer is not None)
     if trainer.is_global_zero:

@@ -18,9 +18,9 @@ from pytorch_lightning import LightningDataModule, Trainer
 from tensordict import TensorDict, TensorDictBase
 from torchrl.envs import EnvBase
 
+from qsm_lightning import durable
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.collect import Progress, RecentExperience, make_collector
-from qsm_lightning.durable import Record
 from qsm_lightning.env_state import NoStateError, env_states, load_env_states
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import EnvironmentFault, Interrupted, TrainingFault, require, require_positive
@@ -383,7 +383,7 @@ class OffPolicyDataModule(LightningDataModule):
 
     # State.
 
-    def save_replay(self, folder: Path) -> dict[str, Record]:
+    def save_replay(self, folder: Path) -> dict[str, durable.Record]:
         """Write the frames added since the last call into ``folder``; returns the files of all ranks' buffers."""
         if not self.save_buffer:
             return {}
@@ -422,9 +422,9 @@ class OffPolicyDataModule(LightningDataModule):
         """Every rank's value, by rank."""
         if self._ranks == 1:
             return [mine]
-        out: list[Any] = [None] * self._ranks
-        torch.distributed.all_gather_object(out, mine)
-        return out
+        packed: list[Any] = [None] * self._ranks
+        torch.distributed.all_gather_object(packed, durable.packed(mine))
+        return [durable.unpacked(content) for content in packed]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         ranks = state_dict["ranks"]

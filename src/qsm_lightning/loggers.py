@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning_fabric.loggers.logger import rank_zero_experiment
+from lightning_fabric.loggers.logger import _DummyExperiment, rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from typing_extensions import override
@@ -27,21 +28,36 @@ def run_loggers(folder: Path | None, root: Path, name: str) -> list[Any]:
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """TensorBoard's event files; after a write that failed it begins a new one."""
+    """TensorBoard's event files. While the disk is full nothing is written; then a new file is begun."""
+
+    _full = False
 
     @property
     @override
     def experiment(self) -> Any:
+        """The writer; one that does nothing while there is no room."""
         if _failed(self._experiment):
             self._experiment = None
-        return super().experiment
+        full = not _has_room(Path(self.root_dir))
+        if full and not self._full:
+            warnings.warn("the disk is full: curves and pictures for TensorBoard are left out", stacklevel=2)
+        self._full = full
+        return _DummyExperiment() if full else super().experiment
 
     @override
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         try:
             super().log_metrics(metrics, step)
-        except OSError as error:
-            warnings.warn(f"curves could not be written for TensorBoard ({error}): trying again", stacklevel=2)
+        except (OSError, ValueError) as error:  # Lightning takes a failed write for a value of the wrong kind
+            if not isinstance(error, OSError) and not isinstance(error.__cause__, OSError):
+                raise
+            warnings.warn(f"curves for TensorBoard were left out ({error.__cause__ or error})", stacklevel=2)
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether a few more megabytes fit where ``folder`` is or will be."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    return shutil.disk_usage(existing).free > 4 * 2**20
 
 
 def _failed(writer: Any) -> bool:

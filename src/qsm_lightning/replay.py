@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 
 from qsm_lightning import durable
-from qsm_lightning.errors import SettingError
+from qsm_lightning.errors import SettingError, require
 
 Storage = Literal["memory", "memmap"]
 
@@ -119,19 +119,20 @@ class ReplayArchive:
         )
         for chunk in self.chunks:
             buffer.extend(self._read(chunk))
-        assert buffer.write_count == total, f"{buffer.write_count} frames of {total} were restored"
+        require(
+            buffer.write_count == total,
+            f"{self.folder} has the first {buffer.write_count} of {total} frames that the checkpoint's buffer held; "
+            "resume from another checkpoint",
+        )
 
     def _read(self, chunk: Chunk) -> TensorDict:
-        frames = load_tensors(self.folder / Path(chunk.file).name)
-        return TensorDict(frames, [chunk.stop - chunk.first]).unflatten_keys(".")
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """The content of a file of frames, loaded with ``weights_only=True``: opening one runs no code."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is not its own
-        raise SettingError(
-            f"{path} is not a file of replay frames, or a damaged one ({type(error).__name__}); "
-            "resume from another checkpoint"
-        ) from error
+        """A file's frames, loaded with ``weights_only=True``: opening one runs no code."""
+        path = self.folder / Path(chunk.file).name
+        try:
+            frames = torch.load(path, map_location="cpu", weights_only=True)
+            return TensorDict(frames, [chunk.stop - chunk.first]).unflatten_keys(".").select(*FRAME_KEYS, strict=True)
+        except Exception as error:  # torch raises many kinds for a file that is not its own
+            raise SettingError(
+                f"{path} is not a file of replay frames, or a damaged one ({type(error).__name__}); "
+                "resume from another checkpoint"
+            ) from error

@@ -33,8 +33,8 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool) -> str:
         free = available_memory()
         require(
             size <= free,
-            f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name} take {_gib(size)} of memory, "
-            f"and {_gib(free)} is free; lower it, or set data.storage to memmap",
+            f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name} take {_size(size)} of memory, "
+            f"and {_size(free)} is free; lower it, or set data.storage to memmap",
         )
     disk: dict[Path, int] = {}
     if mapped:
@@ -47,13 +47,13 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool) -> str:
         free = shutil.disk_usage(existing).free
         require(
             needed <= free,
-            f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name} take {_gib(needed)} of disk "
-            f"at {folder}, and {_gib(free)} is free; lower it, free some, set data.save_buffer to false, or choose "
+            f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name} take {_size(needed)} of disk "
+            f"at {folder}, and {_size(free)} is free; lower it, free some, set data.save_buffer to false, or choose "
             "another trainer.default_root_dir or data.storage_dir",
         )
     where = "mapped files" if mapped else "memory"
     on_disk = f", as much again in {run / runs.CHECKPOINTS}" if saved and data.save_buffer else ""
-    return f"replay buffer: {frames} frames, {_gib(size)} in {where}{on_disk}"
+    return f"replay buffer: {frames} frames, {_size(size)} in {where}{on_disk}"
 
 
 def available_memory() -> int:
@@ -69,5 +69,11 @@ def available_memory() -> int:
     return free
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(count: int) -> str:
+    """A number of bytes in the unit that suits it."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1000:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.3g} {unit}"

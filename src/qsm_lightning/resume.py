@@ -111,6 +111,12 @@ def check(checkpoint: Checkpoint, state: dict[str, Any], here: dict[str, Any], t
     )
 
 
+def other_versions(checkpoint: Checkpoint) -> str:
+    """The versions that a checkpoint was made with and that are not those of today, in words; empty if all are."""
+    then, now = checkpoint.manifest()["versions"], checkpoints.versions()
+    return ", ".join(f"{name} {then[name]} (here {now.get(name)})" for name in then if then[name] != now.get(name))
+
+
 def check_time(trainer: Trainer, state: dict[str, Any]) -> None:
     """Raise :class:`SettingError` if the run has used up ``trainer.max_time``, which counts over all its processes."""
     for timer in trainer.callbacks:  # type: ignore[attr-defined]
