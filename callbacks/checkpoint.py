@@ -92,9 +92,10 @@ class RunCheckpoint(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The learner's state is sound when a signal or an environment ended the run: write it."""
         if isinstance(exception, (Interrupted, EnvironmentFault)):
-            if self._training and not getattr(exception, "at_once", False):
+            if self._training and datamodule_of(trainer).started and not getattr(exception, "at_once", False):
                 self.save(trainer)
-            exception.checkpoint = self.last.path if self.last else None
+            came_from = Path(trainer.ckpt_path).parent if trainer.ckpt_path else None
+            exception.checkpoint = self.last.path if self.last else came_from
 
     def save(self, trainer: Trainer, eval_return: float | None = None) -> None:
         """Write a checkpoint, and remove those that are not kept; on a full disk, warn and try again later."""

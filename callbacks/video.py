@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -49,7 +50,8 @@ class EvaluationVideo(Callback):
             return
         data = datamodule_of(trainer)
         policy = pl_module.loss.evaluation_policy()  # type: ignore[union-attr, operator]
-        frames, _ = record_episode(data.env_name, policy, self.seed, self.seed, self.max_frames, every=4)
+        record = partial(record_episode, data.env_name, policy, self.seed, self.seed, self.max_frames, every=4)
+        frames, _ = data.surviving(record, lambda: None)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 with contextlib.suppress(OSError):  # a full disk costs a picture

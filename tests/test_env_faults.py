@@ -214,10 +214,18 @@ def test_a_run_stops_when_no_restart_is_left(tmp_path: Path) -> None:
     assert_ended(tmp_path, [19, 19, 19, 33])
 
 
-def test_a_process_that_dies_is_started_anew(tmp_path: Path) -> None:
+def test_processes_are_started_anew_whatever_ended_them(tmp_path: Path) -> None:
+    """One dies in training; then evaluation, which begins by seeding them, meets a hang and an error."""
     plan(tmp_path, "kill", 47)
-    text = fit(tmp_path, *TINY, *PROCESSES, "--data.env_restarts=1")
-    assert text.count("built anew (1 of 1)") == 1
+    plan(tmp_path, "hang", 0, at="reset", where="evaluation")
+    plan(tmp_path, "raise", 0, at="reset", where="evaluation")
+    text = fit(tmp_path, *TINY, *PROCESSES, "--data.env_restarts=3")
+    died, hung, failed = (line for line in text.splitlines() if f"environment {NAME} " in line)
+    assert "died" in died
+    assert "after frame 46: built anew (1 of 3)" in died
+    assert "did not answer within data.env_timeout (3 s), after frame 90: built anew (2 of 3)" in hung
+    assert f"{RAISED}, after frame 90: built anew (3 of 3)" in failed
+    assert "Traceback" not in text
     assert_ended(tmp_path, [46, 44])
 
 
@@ -262,17 +270,6 @@ def test_a_fault_in_evaluation_leaves_training_exact(
     assert all("env_restarts: 0 and 1" in d for d in different), different
     assert rows(run) == rows(healthy)
     assert curves(run) == curves(healthy)
-
-
-@pytest.mark.parametrize("fault", ["hang", "raise"])
-def test_a_fault_when_a_process_is_seeded_is_one_too(fault: Any, tmp_path: Path) -> None:
-    """Evaluation begins with seeds, which reset the environments."""
-    plan(tmp_path, fault, 0, at="reset", where="evaluation")
-    text = fit(tmp_path, *TINY, *PROCESSES, "--data.env_restarts=1")
-    assert text.count(f"the environment {NAME} ") == 1
-    assert text.count("built anew (1 of 1)") == 1
-    assert "Traceback" not in text
-    assert_ended(tmp_path, [90])
 
 
 def test_a_fault_in_an_evaluation_video_stops_the_run_with_a_checkpoint(tmp_path: Path) -> None:

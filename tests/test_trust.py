@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -48,7 +49,7 @@ class Strategy(strategies.SingleDeviceStrategy): pass
 class Plugin(precision.Precision): pass
 
 
-gymnasium.register("Pendulum-v9", entry_point="gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=200)
+gymnasium.register("Evil-v0", entry_point="gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=200)
 """
 
 
@@ -121,7 +122,8 @@ class Shared:
         """The one sentence with which a command refuses."""
         status, text = self.start(*args, program=program, cwd=cwd)
         assert status == 2, text
-        (sentence,) = [line for line in text.splitlines() if line.startswith(f"{program}: ")]
+        lines = [line for line in text.splitlines() if line.startswith(f"{program}: ")]
+        (sentence,) = [line for line in lines if not line.startswith(f"{program}: {self.run} from frame ")]
         return sentence
 
 
@@ -151,13 +153,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 # What is in the files.
 
 
-def test_the_bombs_of_these_tests_go_off(tmp_path: Path) -> None:
-    for number, load in enumerate((pickle.loads, lambda content: yaml.unsafe_load(content))):
-        marker = tmp_path / str(number)
-        load(b"!!python/object/apply:os.system ['touch %b']" % os.fsencode(marker)) if number else load(
-            pickle.dumps(Bomb(f"touch {marker}"))
-        )
-        assert marker.exists()
+def test_the_bombs_of_these_tests_go_off(shared: Shared) -> None:
+    pickle.loads(pickle.dumps(Bomb(f"touch {shared.marker}")))
+    assert shared.marker.exists()
+    shared.marker.unlink()
+    explosive(shared.config, "Pendulum-v1", f"touch {shared.marker}")
+    yaml.unsafe_load(shared.config.read_text())
+    assert shared.marker.exists()
+    shared.marker.unlink()
+    importlib.import_module("evil")
+    assert shared.marker.exists()
+    del sys.modules["evil"]
 
 
 def explosive(path: Path, form: str, command: str) -> None:
@@ -206,7 +212,7 @@ def test_a_file_that_would_run_code_is_refused(file: str, form: str, evaluated: 
     assert str(paths[0]) in sentence
     if evaluated:
         assert str(paths[0]) in shared.refused(shared.run, program="qsm-eval")
-        if file == STATE:
+        if form == "torch":
             alone = shutil.copy(paths[0], shared.folder / "policy.ckpt")
             assert "policy.ckpt is not a checkpoint" in shared.refused(alone, program="qsm-eval")
             assert str(paths[0]) in shared.refused(*TINY, FURTHER, "--ckpt_path", paths[0])
@@ -216,9 +222,9 @@ def test_a_file_that_would_run_code_is_refused(file: str, form: str, evaluated: 
 
 
 def test_files_that_are_not_read_do_no_harm(shared: Shared) -> None:
-    for name in ("hparams.yaml", "checkpoints/notes.pt", "checkpoints/replay/notes.pt", "replay.yaml"):
+    for name in ("notes.pt", "checkpoints/notes.pt", "checkpoints/replay/notes.pt", "checkpoints/000000060/notes.pt"):
         (shared.run / name).write_bytes(pickle.dumps(Bomb(f"touch {shared.marker}")))
-    explosive(shared.run / "replay.yaml", "tag", f"touch {shared.marker}") if False else None
+    explosive(shared.run / "hparams.yaml", "tag", f"touch {shared.marker}")
     status, text = shared.start("--resume", shared.run, FURTHER)
     assert status == 0, text
 
@@ -278,7 +284,7 @@ NAMED: dict[str, Callable[[Any], object]] = {
     "loss, as text": loss("evil.Loss"),
     "loss, with settings": lambda config: config["model"]["loss"].update(class_path="evil.Loss"),
     "loss, dotted": moved("model.loss", "evil.Loss"),
-    "loss, dotted twice": moved("model.loss", None) and (lambda c: c.update({"model.loss.class_path": "evil.Loss"})),
+    "loss, dotted twice": top(**{"model.loss.class_path": "evil.Loss"}),
     "callback": trainer(callbacks=[{"class_path": "evil.Callback"}]),
     "callback, alone": trainer(callbacks={"class_path": "evil.Callback"}),
     "callback, as text": trainer(callbacks="evil.Callback"),
@@ -290,9 +296,9 @@ NAMED: dict[str, Callable[[Any], object]] = {
     "plugin": trainer(plugins=[{"class_path": "evil.Plugin"}]),
     "profiler": trainer(profiler={"class_path": "evil.Profiler"}),
     "a function": callback(setup="evil.Loss"),
-    "env": env("evil:Pendulum-v9"),
-    "env, of a module with a hyphen": env("ev-il:Pendulum-v9"),
-    "env, dotted": moved("data.env", "evil:Pendulum-v9"),
+    "env": env("evil:Evil-v0"),
+    "env, of a module with a hyphen": env("ev-il:Evil-v0"),
+    "env, dotted": moved("data.env", "evil:Evil-v0"),
     # YAML within a string
     "loss, in quotes": loss("{class_path: evil.Loss}"),
     "loss, in a block": loss("class_path: evil.Loss\n"),
@@ -302,7 +308,7 @@ NAMED: dict[str, Callable[[Any], object]] = {
     "loss, elsewhere": lambda config: config.update(name="evil.Loss", model={"loss": "${name}"}),
     "loss, in two parts": lambda config: config.update(name="evil", model={"loss": {"class_path": "${name}.Loss"}}),
     "loss, decoded": loss("${oc.decode:'{class_path: evil.Loss}'}"),
-    "env, elsewhere": lambda config: (config.update(name="evil:Pendulum-v9"), config["data"].update(env="${name}")),
+    "env, elsewhere": lambda config: (config.update(name="evil:Evil-v0"), config["data"].update(env="${name}")),
     # other files: RUN/loss, RUN/callbacks, RUN/settings
     "loss, beside": loss("./loss"),
     "loss, beside, without a path": loss("loss"),
@@ -331,7 +337,7 @@ BESIDE = {
     "callbacks": "- class_path: evil.Callback\n",
     "model": "loss: {class_path: evil.Loss}\n",
     "trainer.yaml": "callbacks: [{class_path: evil.Callback}]\n",
-    "data": "env: evil:Pendulum-v9\n",
+    "data": "env: evil:Evil-v0\n",
     "settings.yaml": "trainer: {callbacks: [{class_path: evil.Callback}]}\n",
 }
 
@@ -350,7 +356,7 @@ def test_settings_that_name_code_are_refused(name: str, shared: Shared) -> None:
 
 ANCHORED = {
     "an anchor": ("name: null", "name: &x evil.Loss\nmodel: {loss: *x}"),
-    "a merge": ("  env: Pendulum-v1", "  <<: {env: 'evil:Pendulum-v9'}"),
+    "a merge": ("  env: Pendulum-v1", "  <<: {env: 'evil:Evil-v0'}"),
     "a key twice": ("trainer:", "trainer: {callbacks: evil.Callback}\ntrainer:"),
     "two documents": ("seed_everything: 0", "seed_everything: 0\n---\ntrainer: {callbacks: evil.Callback}"),
     "depth": ("name: null", "name: " + "[" * 5000 + "]" * 5000),
@@ -441,8 +447,8 @@ def test_the_installed_command_imports_nothing_from_the_path(shared: Shared) -> 
 
 STATES: dict[str, Callable[[Any], object]] = {
     "loss": lambda state: state["hyper_parameters"]["loss"].update(class_path="evil.Loss"),
-    "env": lambda state: state["datamodule_hyper_parameters"].update(env="evil:Pendulum-v9"),
-    "env, of a module with a hyphen": lambda s: s["datamodule_hyper_parameters"].update(env="ev-il:Pendulum-v9"),
+    "env": lambda state: state["datamodule_hyper_parameters"].update(env="evil:Evil-v0"),
+    "env, of a module with a hyphen": lambda s: s["datamodule_hyper_parameters"].update(env="ev-il:Evil-v0"),
     "loss, as text": lambda state: state["hyper_parameters"].update(loss="evil.Loss"),
     "a shell": lambda state: state["hyper_parameters"].update(loss=SHELL),
     "a function": lambda state: state["hyper_parameters"].update(loss=HUB),
@@ -518,7 +524,7 @@ def test_a_loss_of_ones_own_is_taken_with_trust(shared: Shared) -> None:
     assert "names 'mine.Mine'" in shared.refused(run, "--episodes=1", program="qsm-eval")
     status, text = shared.start(run, "--episodes=1", "--trust", program="qsm-eval")
     assert status == 0, text
-    assert "frames: 70" in text
+    assert "env: Pendulum-v1" in text
 
 
 def test_an_environment_of_ones_own_is_taken_with_trust(shared: Shared) -> None:
@@ -532,7 +538,7 @@ def test_an_environment_of_ones_own_is_taken_with_trust(shared: Shared) -> None:
     [
         {"callbacks": [{"class_path": "pytorch_lightning.callbacks.LearningRateMonitor"}]},
         {"profiler": {"class_path": "pytorch_lightning.profilers.SimpleProfiler"}, "max_time": "00:01:00:00"},
-        {"callbacks": [{"class_path": "qsm_lightning.callbacks.TrainingMetrics", "init_args": {"every_frames": 9}}]},
+        {"callbacks": [{"class_path": "qsm_lightning.callbacks.StopOnNonFinite"}], "logger": True},
     ],
     ids=str,
 )

@@ -338,7 +338,7 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
     except SettingError as error:
         _stop(prog, str(error), 2)
     except EnvironmentFault as error:
-        _stop(prog, f"{error}{_and_now(error.checkpoint)}", 3)
+        _stop(prog, f"{error}{_and_now(error.checkpoint) if prog == 'qsm-fit' else ''}", 3)
     except TrainingFault as error:
         _stop(prog, str(error), 3)
     except Interrupted as stop:

@@ -177,6 +177,7 @@ class OffPolicyDataModule(LightningDataModule):
         self._owed: TensorDictBase | None = None
         self._archive: ReplayArchive | None = None
         self._env_broken = False
+        self._env_new = False
         self._generators: dict[str, Any] | None = None
 
     # What Lightning asks for.
@@ -200,7 +201,7 @@ class OffPolicyDataModule(LightningDataModule):
     def start(self) -> None:
         """Begin to collect, with the random streams of a new run or the saved ones: the last thing before training."""
         if self._chunks is None:
-            self._start_env(self.env)
+            self.surviving(self._start_env, self._rebuild_env)
         if self._generators is None:
             torch.manual_seed(self._seed(Purpose.NOISE))
         else:
@@ -219,18 +220,23 @@ class OffPolicyDataModule(LightningDataModule):
         at = (self.progress.frames, *path) if self.progress.frames else path
         return derive_seed(global_seed(), self._rank, purpose, *at)
 
-    def _start_env(self, env: EnvBase, frames: int = 0, *path: int) -> None:
-        """Seed ``env`` and collect from it; ``frames`` is how many this rank has collected before."""
-        self.env = env
-        env.set_seed(self._seed(Purpose.TRAIN_ENV, *path))
+    @property
+    def started(self) -> bool:
+        """Whether there is a state to save."""
+        return self._chunks is not None
+
+    def _start_env(self) -> None:
+        """Seed the environments and collect from them."""
+        restarts = self.progress.env_restarts
+        self.env.set_seed(self._seed(Purpose.TRAIN_ENV, *([restarts] if restarts else [])))
         self.collector = make_collector(
-            env,
+            self.env,
             self._loss.exploration_policy(),
             self.frames_per_batch,
             math.ceil(self.init_random_frames / self._ranks),
         )
-        self.collector._frames = frames
-        self._chunks = iter(self.collector)
+        self.collector._frames = self.progress.frames // self._ranks
+        self._chunks, self._env_new = iter(self.collector), False
 
     def _empty_folder(self) -> Path:
         """A folder for the mapped files, the same for every process that goes on with the run."""
@@ -303,7 +309,7 @@ class OffPolicyDataModule(LightningDataModule):
         return batch
 
     def _collect(self) -> TensorDictBase:
-        chunk = self._surviving(self._next_chunk, self._rebuild_env)
+        chunk = self.surviving(self._next_chunk, self._rebuild_env)
         chunk = (chunk.transpose(0, 1) if chunk.ndim == 2 else chunk).reshape(-1)  # in the order of time
         self.progress.frames += chunk.numel() * self._ranks
         self.progress.episodes += self.recent.add(chunk)
@@ -317,6 +323,8 @@ class OffPolicyDataModule(LightningDataModule):
     def _next_chunk(self) -> TensorDictBase:
         assert self._chunks is not None
         self._env_broken = True  # if this ends early, the environments are somewhere within a chunk
+        if self._env_new:
+            self._start_env()
         chunk = next(self._chunks)
         self._env_broken = False
         return chunk
@@ -331,7 +339,7 @@ class OffPolicyDataModule(LightningDataModule):
             policy = self._loss.evaluation_policy(selector, self.eval_candidates)
             return run_episodes(self._eval_env, policy, env_seed, noise_seed, self.check_stop)
 
-        evaluated = {s: self._surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
+        evaluated = {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
         self.progress.evaluated = self.progress.frames
         return evaluated
 
@@ -352,7 +360,7 @@ class OffPolicyDataModule(LightningDataModule):
 
     # Environments that fail.
 
-    def _surviving(self, act: Callable[[], T], mend: Callable[[], None]) -> T:
+    def surviving(self, act: Callable[[], T], mend: Callable[[], None]) -> T:
         """``act``, and again after ``mend`` as long as ``data.env_restarts`` allows, when an environment fails."""
         while True:
             try:
@@ -375,7 +383,7 @@ class OffPolicyDataModule(LightningDataModule):
 
     def _rebuild_env(self) -> None:
         _close(self.env)
-        self._start_env(self._make_env(self.num_envs), self.collector._frames, self.progress.env_restarts)
+        self.env, self._env_new = self._make_env(self.num_envs), True
 
     def _drop_eval_env(self) -> None:
         _close(self._eval_env)
@@ -460,7 +468,7 @@ class OffPolicyDataModule(LightningDataModule):
 
     def _load_envs(self, mine: dict[str, Any]) -> None:
         """Put the environments where they were, or say that their episodes begin anew."""
-        self._start_env(self.env, mine["frames"])
+        self.surviving(self._start_env, self._rebuild_env)
         try:
             if mine["envs"] is None:
                 raise NoStateError("the checkpoint has no state of theirs")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, ParallelEnv
 
 from qsm_lightning.errors import EnvironmentFault
+
+T = TypeVar("T")
 
 
 class Guarded:
@@ -32,7 +37,7 @@ class Guarded:
         try:
             out = call(*args, **kwargs)
             self._check(out)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             said = str(error) if isinstance(error, EnvironmentFault) else f"{type(error).__name__}: {error}"
             fault = EnvironmentFault(f"the environment {self.source} failed ({' '.join(said.split())})")
             if self.report is None:
@@ -62,7 +67,7 @@ class ProcessEnv(ParallelEnv):
         timeout: seconds after which a step or reset counts as hanging.
     """
 
-    def __init__(self, makers: Sequence[Callable[[], EnvBase]], source: str, timeout: float) -> None:
+    def __init__(self, makers: Sequence[Callable[[], EnvBase]], *, source: str, timeout: float) -> None:
         self._reports = TemporaryDirectory(prefix="qsm-env-")
         reports = [Path(self._reports.name) / str(i) for i in range(len(makers))]
         super().__init__(len(makers), [partial(_in_worker, m, r) for m, r in zip(makers, reports, strict=True)])
@@ -72,13 +77,27 @@ class ProcessEnv(ParallelEnv):
         self.BATCHED_PIPE_TIMEOUT = self._step_timeout
         super()._wait_for_workers(workers_range)
 
+    def set_seed(self, seed: int | None = None, static_seed: bool = False) -> int | None:
+        """Seeding resets the environments, which may fail as any reset."""
+        return self._guard(self._seed_workers, seed, static_seed)
+
+    def _seed_workers(self, seed: int | None, static_seed: bool) -> int | None:
+        if self.is_closed:
+            self.start()
+        for channel in self.parent_channels:
+            channel.send(("seed", (seed, static_seed)))
+            if not channel.poll(self._step_timeout):
+                raise RuntimeError("time limit")
+            _, seed = channel.recv()
+        return seed
+
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         return self._guard(super()._step, tensordict)
 
     def _reset(self, tensordict: TensorDictBase, **kwargs: Any) -> TensorDictBase:
         return self._guard(super()._reset, tensordict, **kwargs)
 
-    def _guard(self, call: Callable[..., TensorDictBase], *args: Any, **kwargs: Any) -> TensorDictBase:
+    def _guard(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         try:
             return call(*args, **kwargs)
         except (RuntimeError, OSError, EOFError) as error:
@@ -94,20 +113,33 @@ class ProcessEnv(ParallelEnv):
             with contextlib.suppress(ValueError):  # closed before
                 process.kill()
         self._workers = []
+        self._reports.cleanup()
         self.is_closed = True
+
+    def close(self, **kwargs: Any) -> None:
+        super().close(**kwargs)
+        self._reports.cleanup()
 
     def _what_happened(self, error: Exception) -> str:
         for report in sorted(Path(self._reports.name).iterdir()):
             return report.read_text()
         if "time limit" in str(error):
             return f"the environment {self._source} did not answer within data.env_timeout ({self._step_timeout:g} s)"
-        return f"a process of the environment {self._source} died ({' '.join(str(error).split())})"
+        return f"a process of the environment {self._source} died ({' '.join(str(error).split()) or 'it hung up'})"
+
+
+def _end_without(parent: int) -> None:
+    """A worker that hangs does not notice that the main process was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _in_worker(make: Callable[[], EnvBase], report: Path) -> EnvBase:
     """Runs in the worker: stopping is for the main process to arrange, and faults go into a file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
     env = make()
     env.report = report
     return env

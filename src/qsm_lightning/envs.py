@@ -87,7 +87,9 @@ def make_env(name: str, num_envs: int = 1, processes: bool = False, timeout: flo
     env = probe
     if processes or num_envs > 1:
         probe.close()
-        env = ProcessEnv([single] * num_envs, name, timeout) if processes else SerialEnv(num_envs, single)
+        env = (
+            ProcessEnv([single] * num_envs, source=name, timeout=timeout) if processes else SerialEnv(num_envs, single)
+        )
     return TransformedEnv(env, Compose(*transforms, RewardSum(), StepCounter()))
 
 
@@ -152,7 +154,9 @@ def make_render_env(name: str) -> tuple[EnvBase, Callable[[], np.ndarray]]:
         physics = env.base_env._env.physics
         return env, partial(physics.render, 240, 320, camera_id=0)
     raw = make_gym(name, render_mode="rgb_array")
-    return TransformedEnv(GymWrapper(raw), Compose(RewardSum(), StepCounter())), raw.render  # type: ignore[return-value]
+    env = GuardedGymWrapper(raw)
+    env.source = name
+    return TransformedEnv(env, Compose(RewardSum(), StepCounter())), raw.render  # type: ignore[return-value]
 
 
 def _require_extra(module: str, extra: str, name: str) -> ModuleType:
