@@ -31,7 +31,10 @@ from tests.compare import curves, differences, rows, state
 
 from qsm_lightning import checkpoints
 
-SETTINGS = ["--model.loss.hidden=[64,64]", "--data.eval_every_frames=5000", "--checkpoint.every_frames=1000"]
+SETTINGS = [
+    *("--model.loss.hidden=[64,64]", "--data.utd=0.25", "--data.buffer_size=50000"),
+    *("--data.eval_every_frames=5000", "--checkpoint.every_frames=1000"),
+]
 
 
 class Life:
@@ -88,7 +91,11 @@ def soak(folder: Path, settings: list[str], seconds: tuple[float, float], seed: 
             break
         took = time.monotonic() - sent
         events.append({"signal": signum.name, "status": status, "frames": newest(run), "seconds_to_end": took})
-        print(f"{signum.name} -> status {status} after {took:.1f} s, checkpoint at {newest(run)} frames", flush=True)
+        mib = {name: f"{samples[-1][1]:.0f}" for name, samples in memory.items() if samples}
+        print(
+            f"{signum.name}: status {status} after {took:.1f} s, checkpoint at {newest(run)} frames, MiB {mib}",
+            flush=True,
+        )
     assert peace.process.wait() == 0, f"see {folder}/peace/log.txt"
     return {"events": events, "memory": memory, **compare(folder / "peace/runs/Pendulum-v1/version_0", run)}
 

@@ -193,3 +193,11 @@ def test_a_run_can_go_back_and_take_another_way(tmp_path: Path) -> None:
         aside.verify()
     assert [step for step, _ in curves(run)["eval/return"]] == [30, 50]
     assert {float(row["step"]) for row in rows(run)} == {10, 20, 30, 40, 50}
+
+
+def test_a_run_without_evaluations_ends_and_goes_on(tmp_path: Path) -> None:
+    fit(tmp_path, *TINY, "--trainer.limit_val_batches=0")
+    run = run_folder(tmp_path)
+    fit(tmp_path, "--resume", run, "--data.total_frames=120")
+    assert last(run).order[0] == 120
+    assert curves(run).keys().isdisjoint({"eval/return"})

@@ -250,12 +250,8 @@ class OffPolicyDataModule(LightningDataModule):
 
     def train_dataloader(self) -> SizedStream:
         """Batches of updates; its length is what is left until the next evaluation."""
-        length = self._batches_to_evaluation()
-        if self._owed is not None:
-            length += 1
-        elif length == 0:  # stopped between its last batch and the evaluation: an empty batch leads there
-            length, self._owed = 1, TensorDict(batch_size=[0, self.batch_size])
-        return SizedStream(length, self.next_batch)
+        left = -self.batches % self._period
+        return SizedStream(left + 1 if self._owed is not None else left or self._period, self.next_batch)
 
     def val_dataloader(self) -> SizedStream:
         """One batch: the evaluated episodes of each selector."""
@@ -284,11 +280,8 @@ class OffPolicyDataModule(LightningDataModule):
     @property
     def evaluation_owed(self) -> bool:
         """Whether an evaluation belongs at the present frame and has not been done."""
-        due = self.batches > 0 and (self.batches % self._period == 0 or self.progress.frames >= self.total_frames)
+        due = self.batches % self._period == 0 or self.progress.frames >= self.total_frames
         return due and self.progress.evaluated < self.progress.frames
-
-    def _batches_to_evaluation(self) -> int:
-        return 0 if self.evaluation_owed else self._period - self.batches % self._period
 
     @property
     def epochs(self) -> int:
@@ -450,6 +443,8 @@ class OffPolicyDataModule(LightningDataModule):
         if mine["owed"] is not None:
             updates, count = mine["owed"]
             self._owed = TensorDict(updates, [count, self.batch_size])
+        elif self.evaluation_owed:  # stopped between a batch and the evaluation after it: an empty batch leads there
+            self._owed = TensorDict(batch_size=[0, self.batch_size])
         self._generators = mine["generators"]
 
     def _load_replay(self, mine: dict[str, Any]) -> None:
