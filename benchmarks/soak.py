@@ -68,11 +68,12 @@ def soak(folder: Path, settings: list[str], seconds: tuple[float, float], seed: 
     for name in ("peace", "fire"):
         (folder / name).mkdir(parents=True)
     peace = Life(folder / "peace", settings)
-    run = folder / "fire" / "runs" / "Pendulum-v1" / "version_0"
+    runs = folder / "fire" / "runs" / "Pendulum-v1"
     memory: dict[str, list[tuple[float, float]]] = {"peace": [], "fire": []}
     events: list[dict[str, Any]] = []
     status = None
     while status != 0:
+        run = max(runs.glob("version_*"), default=runs / "version_0")  # one killed before its first checkpoint is left
         life = Life(folder / "fire", ["--resume", str(run)] if newest(run) else settings)
         end = time.monotonic() + moments.uniform(*seconds)
         signum = None
@@ -90,6 +91,8 @@ def soak(folder: Path, settings: list[str], seconds: tuple[float, float], seed: 
             assert status == 0, f"it ended with status {status}: see {folder}/fire/log.txt"
             break
         took = time.monotonic() - sent
+        assert status in (143, -9, 0), f"it ended with status {status}: see {folder}/fire/log.txt"
+        run = max(runs.glob("version_*"), default=run)
         events.append({"signal": signum.name, "status": status, "frames": newest(run), "seconds_to_end": took})
         mib = {name: f"{samples[-1][1]:.0f}" for name, samples in memory.items() if samples}
         print(

@@ -59,8 +59,6 @@ class RunCheckpoint(Checkpoint):
         self.saved_at_frames = datamodule_of(trainer).progress.frames
         if trainer.ckpt_path:
             self.last = checkpoints.Checkpoint(Path(trainer.ckpt_path).parent)
-            if trainer.is_global_zero:
-                checkpoints.set_aside_after(self.last)
 
     @override
     def on_train_batch_end(
@@ -91,11 +89,9 @@ class RunCheckpoint(Checkpoint):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The learner's state is sound when a signal or an environment ended the run: write it."""
-        if isinstance(exception, (Interrupted, EnvironmentFault)):
-            if self._training and datamodule_of(trainer).started and not getattr(exception, "at_once", False):
-                self.save(trainer)
-            came_from = Path(trainer.ckpt_path).parent if trainer.ckpt_path else None
-            exception.checkpoint = self.last.path if self.last else came_from
+        stopped = isinstance(exception, (Interrupted, EnvironmentFault)) and not getattr(exception, "at_once", False)
+        if stopped and self._training and datamodule_of(trainer).started:
+            self.save(trainer)
 
     def save(self, trainer: Trainer, eval_return: float | None = None) -> None:
         """Write a checkpoint, and remove those that are not kept; on a full disk, warn and try again later."""
@@ -116,8 +112,10 @@ class RunCheckpoint(Checkpoint):
             if trainer.is_global_zero:
                 self._flush_curves(trainer)  # no curve ends before a checkpoint of its run
                 self.last = checkpoints.publish(stage, data.progress.frames, eval_return, replay)
-                checkpoints.thin_out(folder, self.keep_last)
         self.saved_at_frames, self._retry_at = data.progress.frames, None
+        if trainer.is_global_zero:
+            with contextlib.suppress(OSError):  # the next save tries again
+                checkpoints.thin_out(folder, self.keep_last)
 
     def _flush_curves(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:

@@ -26,6 +26,7 @@ class TrainingMetrics(Callback):
         require(every_frames > 0, f"metrics.every_frames is {every_frames}: it must be greater than 0")
         self.every_frames = every_frames
         self._logged_at = 0
+        self._ended_at = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,10 +38,13 @@ class TrainingMetrics(Callback):
     ) -> None:
         data = datamodule_of(trainer)
         frames = data.progress.frames
-        if frames == self._logged_at or (frames - self._logged_at < self.every_frames and frames < data.total_frames):
+        due = frames // self.every_frames > self._logged_at // self.every_frames
+        ends = frames >= data.total_frames and frames not in (self._logged_at, self._ended_at)
+        if not due and not ends:
             return
+        recent = data.take_recent() if due else data.recent  # if this run goes on one day, its next row is as ever
         seconds = max(time.perf_counter() - self._time, 1e-9)
-        metrics: dict[str, Any] = {f"train/{k}": v for k, v in data.take_recent().metrics().items()}
+        metrics: dict[str, Any] = {f"train/{k}": v for k, v in recent.metrics().items()}
         metrics |= {
             "train/buffer_size": len(data.buffer),
             "train/episodes": data.progress.episodes,
@@ -53,7 +57,9 @@ class TrainingMetrics(Callback):
             metrics[f"lr/{term}"] = optimizer.param_groups[0]["lr"]
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=frames)
-        self._logged_at = frames
+        if due:
+            self._logged_at = frames
+        self._ended_at = frames if ends else self._ended_at
         self._start_clock(trainer)
 
     @override
@@ -68,11 +74,11 @@ class TrainingMetrics(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"logged_at": self._logged_at}
+        return {"logged_at": self._logged_at, "ended_at": self._ended_at}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._logged_at = state_dict["logged_at"]
+        self._logged_at, self._ended_at = state_dict["logged_at"], state_dict["ended_at"]
 
     def _start_clock(self, trainer: Trainer) -> None:
         """Speeds are measured from here: from the last write, or from where this process went on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import itertools
 import json
@@ -10,7 +11,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ from tests.helpers import SHRINK
 from tests.processes import Run, fit
 
 
+def chunk(first: int, rank: int = 0) -> str:
+    """The name of a file of replay frames."""
+    return f"{rank}-{first:012}-{first + 10:012}-{hashlib.sha256(b'%d' % first).hexdigest()[:12]}.pt"
+
+
 def write_replay(folder: Path, *names: str) -> dict[str, durable.Record]:
     """Files of replay frames, as they stand in a manifest."""
     for name in names:
@@ -32,8 +38,8 @@ def write_replay(folder: Path, *names: str) -> dict[str, durable.Record]:
     return {name: durable.record_of_file(folder / REPLAY / name) for name in names}
 
 
-def write(folder: Path, frames: int, score: float | None = None, replay: tuple[str, ...] = ()) -> Checkpoint:
-    listed = write_replay(folder, *replay)
+def write(folder: Path, frames: int, score: float | None = None, replay: Sequence[int] = ()) -> Checkpoint:
+    listed = write_replay(folder, *map(chunk, replay))
     with checkpoints.staging(folder) as stage:
         (stage / STATE).write_bytes(f"state at frame {frames}".encode() * 100)
         return checkpoints.publish(stage, frames, score, listed)
@@ -53,7 +59,7 @@ def edit_manifest(checkpoint: Checkpoint, change: Callable[[dict[str, Any]], obj
 
 
 def test_what_is_published_is_complete_and_says_what_it_is(tmp_path: Path) -> None:
-    checkpoint = write(tmp_path, 30, -2.5, ("a.pt", "b.pt"))
+    checkpoint = write(tmp_path, 30, -2.5, (0, 10))
     checkpoint.verify()
     assert names(tmp_path) == ["000000030", REPLAY]
     assert names(checkpoint.path) == [MANIFEST, STATE]
@@ -63,7 +69,7 @@ def test_what_is_published_is_complete_and_says_what_it_is(tmp_path: Path) -> No
     manifest = checkpoint.manifest()
     assert (manifest["format"], manifest["frames"], manifest["eval_return"]) == (1, 30, -2.5)
     assert manifest["files"] == {STATE: durable.record_of(checkpoint.state.read_bytes())}
-    assert manifest["replay"].keys() == {"a.pt", "b.pt"}
+    assert manifest["replay"].keys() == {chunk(0), chunk(10)}
     assert {"python", "torch", "qsm-lightning"} <= manifest["versions"].keys()
 
 
@@ -92,7 +98,7 @@ def test_the_leftovers_of_a_killed_process_are_not_in_the_way(tmp_path: Path) ->
         (tmp_path / name).mkdir()
         (tmp_path / name / STATE).write_bytes(b"half")
     (tmp_path / REPLAY).mkdir()
-    (tmp_path / REPLAY / ".a.pt.123").write_bytes(b"half")
+    (tmp_path / REPLAY / f".{chunk(0)}.123").write_bytes(b"half")
     assert checkpoints.complete(tmp_path) == []
     write(tmp_path, 20).verify()
     checkpoints.thin_out(tmp_path, 1)
@@ -147,7 +153,7 @@ class Faults:
 
 def save(folder: Path, frames: int) -> None:
     """All that a save does: a new file of frames, the checkpoint, and the removal of what is not kept."""
-    write(folder, frames, replay=(f"{frames - 10}.pt", f"{frames}.pt"))
+    write(folder, frames, replay=(frames - 10, frames))
     checkpoints.thin_out(folder, 2)
 
 
@@ -174,9 +180,9 @@ def test_a_save_that_fails_at_any_step_is_whole_or_absent(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = tmp_path / "before"
-    write(before, 10, 5.0, ("0.pt", "10.pt"))
-    write(before, 20, 1.0, ("10.pt", "20.pt"))
-    write(before, 30, 2.0, ("20.pt", "30.pt"))
+    write(before, 10, 5.0, (0, 10))
+    write(before, 20, 1.0, (10, 20))
+    write(before, 30, 2.0, (20, 30))
     outcomes = set()
     for at in itertools.count(1):
         folder = tmp_path / str(at)
@@ -194,7 +200,7 @@ def test_a_save_that_fails_at_any_step_is_whole_or_absent(
         kept = [10, frames[-1], 50]
         assert [checkpoint.order[0] for checkpoint in checkpoints.complete(folder)] == kept, f"step {at}"
         assert names(folder) == [f"{frame:09}" for frame in kept] + [REPLAY], f"step {at}"
-        listed = {f"{frame + past}.pt" for frame in kept for past in (-10, 0)}
+        listed = {chunk(frame + past) for frame in kept for past in (-10, 0)}
         assert names(folder / REPLAY) == sorted(listed), f"step {at}"
         if not broken:
             break
@@ -229,6 +235,7 @@ def test_everything_is_on_the_disk_before_a_checkpoint_has_its_name(
 ) -> None:
     """Else a power failure leaves a checkpoint with its name and without its content."""
     synced: list[int] = []  # inodes: names change
+    renamed: list[Path] = []
     real_sync, real_rename = os.fsync, os.rename
 
     def sync(handle: int) -> None:
@@ -236,15 +243,18 @@ def test_everything_is_on_the_disk_before_a_checkpoint_has_its_name(
         real_sync(handle)
 
     def rename(one: Path, two: Path) -> None:
-        for path in (one / STATE, one / MANIFEST, one, tmp_path / REPLAY / "a.pt"):
+        for path in (one / STATE, one / MANIFEST, one, tmp_path / REPLAY / chunk(0)):
             assert path.stat().st_ino in synced, f"{path} was not synced"
         assert synced.index(one.stat().st_ino) > synced.index((one / MANIFEST).stat().st_ino), "the names come last"
         synced.clear()
+        assert not two.exists()
         real_rename(one, two)
+        renamed.append(two)
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "rename", rename)
-    write(tmp_path, 30, replay=("a.pt",))
+    checkpoint = write(tmp_path, 30, replay=(0,))
+    assert renamed == [checkpoint.path]
     assert tmp_path.stat().st_ino in synced, "the name itself"
 
 
@@ -305,9 +315,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("file", [f"000000030/{STATE}", f"{REPLAY}/a.pt", f"{REPLAY}/b.pt"])
+@pytest.mark.parametrize("file", [f"000000030/{STATE}", f"{REPLAY}/{chunk(0)}", f"{REPLAY}/{chunk(10)}"])
 def test_damage_is_named(file: str, damage: str, tmp_path: Path) -> None:
-    checkpoint = write(tmp_path, 30, replay=("a.pt", "b.pt"))
+    checkpoint = write(tmp_path, 30, replay=(0, 10))
     act, what = DAMAGE[damage]
     act(tmp_path / file)
     with pytest.raises(DamagedError, match=f"^{tmp_path / file} {what}"):
@@ -395,13 +405,13 @@ def test_a_later_format_is_refused_with_the_version_that_wrote_it(tmp_path: Path
 
 
 def test_the_newest_good_one_is_found_and_what_is_wrong_with_newer_ones_said(tmp_path: Path) -> None:
-    written = [write(tmp_path, frames, replay=(f"{frames}.pt",)) for frames in (10, 20, 30, 40)]
+    written = [write(tmp_path, frames, replay=(frames,)) for frames in (10, 20, 30, 40)]
     assert checkpoints.newest_good(tmp_path) == (written[3], [])
     written[3].state.write_bytes(b"short")
-    (tmp_path / REPLAY / "30.pt").unlink()
+    (tmp_path / REPLAY / chunk(30)).unlink()
     good, faults = checkpoints.newest_good(tmp_path)
     assert good == written[1]
-    assert [fault.split(" ")[0] for fault in faults] == [str(written[3].state), str(tmp_path / REPLAY / "30.pt")]
+    assert [fault.split(" ")[0] for fault in faults] == [str(written[3].state), str(tmp_path / REPLAY / chunk(30))]
     assert checkpoints.newest_good(tmp_path, up_to=written[2]) == (written[1], faults[1:])
     assert checkpoints.newest_good(tmp_path, up_to=written[0]) == (written[0], [])
     for checkpoint in written[:2]:
@@ -437,30 +447,34 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_replay_files_go_with_the_last_that_lists_them(tmp_path: Path) -> None:
-    write(tmp_path, 10, 9.0, ("0.pt", "1.pt"))
-    write(tmp_path, 20, 1.0, ("1.pt", "2.pt"))
-    write(tmp_path, 30, 2.0, ("2.pt", "3.pt"))
-    write_replay(tmp_path, "4.pt")
+    def there() -> list[str]:
+        return names(tmp_path / REPLAY)
+
+    write(tmp_path, 10, 9.0, (0, 10))
+    write(tmp_path, 20, 1.0, (10, 20))
+    write(tmp_path, 30, 2.0, (20, 30))
+    write_replay(tmp_path, chunk(40))
     checkpoints.thin_out(tmp_path, 2)
-    assert names(tmp_path / REPLAY) == ["0.pt", "1.pt", "2.pt", "3.pt"]
+    assert there() == [chunk(0), chunk(10), chunk(20), chunk(30)]
     checkpoints.thin_out(tmp_path, 1)
-    assert names(tmp_path / REPLAY) == ["0.pt", "1.pt", "2.pt", "3.pt"], "the best needs its own"
-    write(tmp_path, 40, 10.0, ("3.pt",))
+    assert there() == [chunk(0), chunk(10), chunk(20), chunk(30)], "the best needs its own"
+    write(tmp_path, 40, 10.0, (30,))
     checkpoints.thin_out(tmp_path, 1)
-    assert names(tmp_path / REPLAY) == ["3.pt"]
+    assert there() == [chunk(30)]
 
 
 def test_what_was_set_aside_keeps_its_replay_files(tmp_path: Path) -> None:
-    first = write(tmp_path, 10, 1.0, ("1.pt",))
-    write(tmp_path, 20, 5.0, ("1.pt", "2.pt"))
-    write(tmp_path, 30, 2.0, ("2.pt", "3.pt"))
+    first = write(tmp_path, 10, 1.0, (0,))
+    write(tmp_path, 20, 5.0, (0, 10))
+    write(tmp_path, 30, 2.0, (10, 20))
     aside = checkpoints.set_aside_after(first)
     assert [path.name for path in aside] == ["000000020.aside", "000000030.aside"]
     assert checkpoints.complete(tmp_path) == [first]
     assert checkpoints.best(tmp_path) == first, "what was set aside is not this run's"
-    write(tmp_path, 20, 3.0, ("1.pt", "2b.pt"))
+    write(tmp_path, 20, 3.0, (0, 50))
+    write_replay(tmp_path, chunk(10, rank=1))
     checkpoints.thin_out(tmp_path, 1)
-    assert names(tmp_path / REPLAY) == ["1.pt", "2.pt", "2b.pt", "3.pt"]
+    assert names(tmp_path / REPLAY) == [chunk(0), chunk(10), chunk(20), chunk(50)]
     for path in aside:
         Checkpoint(path).verify()
 
@@ -478,25 +492,23 @@ def test_setting_aside_twice_keeps_both(tmp_path: Path) -> None:
 
 def test_only_files_of_replay_frames_are_removed_from_their_folder(tmp_path: Path) -> None:
     """It may be a link to a larger disk, or to somewhere it should never have pointed."""
-    real = "0-000000000000-000000000010-0123456789ab.pt"
-    write(tmp_path, 10, replay=(real,))
-    stale = "0-000000000010-000000000020-0123456789ab.pt"
-    for name in (stale, f".{stale}.123", "notes.txt", ".hidden"):
+    write(tmp_path, 10, replay=(0,))
+    for name in (chunk(10), chunk(0, rank=1), f".{chunk(10)}.123", "notes.txt", "notes.pt", ".hidden"):
         (tmp_path / REPLAY / name).write_bytes(b"x")
     (tmp_path / REPLAY / "folder").mkdir()
     checkpoints.thin_out(tmp_path, 1)
-    assert names(tmp_path / REPLAY) == sorted([real, "notes.txt", ".hidden", "folder"])
+    assert names(tmp_path / REPLAY) == sorted([chunk(0), "notes.txt", "notes.pt", ".hidden", "folder"])
 
 
 def test_a_checkpoint_of_a_later_version_stops_no_run_and_keeps_its_files(tmp_path: Path) -> None:
     """A run that a later version went on with, taken up again by this one from an older checkpoint."""
-    first = write(tmp_path, 10, replay=("1.pt",))
-    later = write(tmp_path, 20, replay=("1.pt", "2.pt"))
+    first = write(tmp_path, 10, replay=(0,))
+    later = write(tmp_path, 20, replay=(0, 10))
     edit_manifest(later, lambda manifest: manifest.update(format=2))
     (aside,) = checkpoints.set_aside_after(first)
     checkpoints.thin_out(tmp_path, 1)
     assert names(tmp_path) == ["000000010", aside.name, REPLAY]
-    assert names(tmp_path / REPLAY) == ["1.pt", "2.pt"]
+    assert names(tmp_path / REPLAY) == [chunk(0), chunk(10)]
 
 
 # Through the command line.
@@ -562,23 +574,23 @@ def test_resuming_passes_over_several_damaged_checkpoints(run: Path, whole: Path
 def test_a_checkpoint_named_that_is_damaged_is_passed_over_for_an_older_one(
     run: Path, whole: Path, tmp_path: Path
 ) -> None:
-    chunk = next((run / "checkpoints" / REPLAY).glob("0-000000000030-*"))  # of 45 and 60
-    truncate(chunk)
+    frames = next((run / "checkpoints" / REPLAY).glob("0-000000000030-*"))  # of 45 and 60
+    truncate(frames)
     args = ["--config", run / "config.yaml", "--ckpt_path", at(run, 45).state]
     passed_over, begun = said(fit(tmp_path, *args))
-    assert passed_over.startswith(f"qsm-fit: {chunk} has ")
+    assert passed_over.startswith(f"qsm-fit: {frames} has ")
     assert passed_over.endswith(f"; going on from {at(run, 30).path} instead")
     assert begun.endswith("from frame 30")
     assert_same(run, whole)
 
 
 def test_without_a_whole_checkpoint_there_is_one_sentence_and_nothing_changes(run: Path, tmp_path: Path) -> None:
-    chunk = next((run / "checkpoints" / REPLAY).glob("0-000000000000-*"))
-    chunk.unlink()
+    frames = next((run / "checkpoints" / REPLAY).glob("0-000000000000-*"))
+    frames.unlink()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for args in (["--resume", run], ["--resume", at(run, 30).path]):
         (sentence,) = said(fit(tmp_path, *args, status=2))
-        assert sentence == f"qsm-fit: {chunk} is missing: there is no older whole checkpoint to go on from"
+        assert sentence == f"qsm-fit: {frames} is missing: there is no older whole checkpoint to go on from"
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qsm_lightning import resources
+from qsm_lightning import resources, runs
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
 
@@ -22,8 +22,8 @@ def data(**settings: Any) -> OffPolicyDataModule:
 
 def test_the_size_is_that_of_the_frames_that_will_be_there(tmp_path: Path) -> None:
     assert resources.report(data(), tmp_path, saved=False) == "replay buffer: 1000 frames, 33.2 KiB in memory"
-    line = resources.report(data(buffer_size=500), tmp_path, saved=True)
-    assert line == f"replay buffer: 500 frames, 16.6 KiB in memory, as much again in {tmp_path}/checkpoints"
+    line = resources.report(data(buffer_size=400), tmp_path, saved=True)
+    assert line == f"replay buffer: 400 frames, 13.3 KiB in memory, up to 26.6 KiB in {tmp_path}/checkpoints"
     line = resources.report(data(storage="memmap", save_buffer=False), tmp_path, saved=True)
     assert line == "replay buffer: 1000 frames, 33.2 KiB in mapped files"
 
@@ -43,37 +43,63 @@ def test_memory(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ("settings", "saved", "needed"),
     [
         ({}, True, 1000 * FRAME),
+        ({"buffer_size": 400}, True, 800 * FRAME),
         ({}, False, 0),
         ({"save_buffer": False}, True, 0),
         ({"storage": "memmap"}, True, 2000 * FRAME),
+        ({"storage": "memmap", "storage_dir": "elsewhere"}, True, 2000 * FRAME),
         ({"storage": "memmap"}, False, 1000 * FRAME),
     ],
+    ids=str,
 )
 def test_disk(
     settings: dict[str, Any], saved: bool, needed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also for a folder that is still to be made; what a resumed run has on disk already is not needed again."""
+    """Also for folders that are still to be made; needs on the same disk are added up."""
+    monkeypatch.chdir(tmp_path)
     run = tmp_path / "not" / "yet"
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: Usage(0, 0, needed))
     resources.report(data(**settings), run, saved)
     if not needed:
         return
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: Usage(0, 0, needed - 1))
-    with pytest.raises(SettingError, match="KiB of disk at .*yet.*data.save_buffer"):
+    with pytest.raises(SettingError, match="KiB more of disk at .*data.save_buffer"):
         resources.report(data(**settings), run, saved)
-    if saved:
+    if saved:  # what a resumed run has on disk is not needed again
         (run / "checkpoints" / "replay").mkdir(parents=True)
         (run / "checkpoints" / "replay" / "0.pt").write_bytes(b"x")
         resources.report(data(**settings), run, saved)
 
 
-def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "CGROUP", tmp_path)
-    whole = resources.available_memory()
-    assert whole > 2**20
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
-    assert resources.available_memory() == 350_000
-    (tmp_path / "memory.max").write_text("max\n")
+def test_the_mapped_files_of_a_killed_process_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They will be removed before new ones are made."""
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda path: Usage(0, 0, 0))
+    with pytest.raises(SettingError, match="of disk"):
+        resources.report(data(storage="memmap"), tmp_path, saved=False)
+    left = runs.mapped_folder(tmp_path, None)
+    left.mkdir()
+    (left / "observation.memmap").write_bytes(bytes(1000 * FRAME))
+    resources.report(data(storage="memmap"), tmp_path, saved=False)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_group_of_processes_counts(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM, systemd and containers set one for the process's own group or for one above it."""
+    monkeypatch.setattr(resources, "CGROUPS", tmp_path)
+    monkeypatch.setattr(resources, "OWN_CGROUP", tmp_path / "own")
     assert resources.available_memory() > 2**20
+    lines = ["0::/job/step", "9:cpu,memory:/job/step\n8:pids:/job/step"]
+    (tmp_path / "own").write_text(lines[version == 1] + "\n")
+    group = (tmp_path / "memory" if version == 1 else tmp_path) / "job"
+    (group / "step").mkdir(parents=True)
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+    for name, content in zip(
+        (*names, "memory.stat"), ("1000000", "700000", "anon 1\ninactive_file 50000"), strict=True
+    ):
+        (group / name).write_text(f"{content}\n")
+    assert resources.available_memory() == 350_000
+    (group / names[0]).write_text("max\n")
+    if version == 2:
+        assert resources.available_memory() > 2**20

@@ -14,6 +14,7 @@ import yaml
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from qsm_lightning import runs
 from qsm_lightning.errors import SettingError
@@ -54,17 +55,18 @@ def refused(folder: Path, *args: object) -> str:
 
 
 def test_a_second_process_is_refused_in_one_sentence(run: Path, tmp_path: Path) -> None:
-    long = ["--data.total_frames=1000000", "--data.eval_every_frames=1000000"]
-    first = Run(tmp_path, "--resume", run, *long)
-    first.until(lambda: "replay buffer" in first.text)
-    before = {path: path.read_bytes() for path in run.rglob("0*/*")}
-    assert refused(tmp_path, "--resume", run, *long) == (
-        f"qsm-fit: {run} is in use: another qsm-fit trains there; wait for its end, or leave out --ckpt_path"
-    )
-    assert {path: path.read_bytes() for path in run.rglob("0*/*")} == before
-    assert first.process.is_alive()
-    first.process.kill()
-    first.wait()
+    first = Run(tmp_path, "--resume", run, "--data.total_frames=1000000", "--data.eval_every_frames=1000000")
+    try:
+        first.until(lambda: "replay buffer" in first.text)
+        before = {path: path.read_bytes() for path in run.rglob("0*/*")}
+        assert refused(tmp_path, "--resume", run, "--data.total_frames=65") == (
+            f"qsm-fit: {run} is in use: another qsm-fit trains there; wait for its end, or leave out --ckpt_path"
+        )
+        assert {path: path.read_bytes() for path in run.rglob("0*/*")} == before
+        assert first.process.is_alive()
+    finally:
+        first.process.kill()
+        first.wait()
     fit(tmp_path, "--resume", run, "--data.total_frames=65")  # held by a process, not by a file
 
 
@@ -239,16 +241,19 @@ def test_all_event_files_are_cut(tmp_path: Path) -> None:
 
 
 def test_settings_of_a_run_stay_on_its_board(tmp_path: Path) -> None:
+    """As they do wherever they were written: TensorBoard shows a run's settings once."""
     logger = TensorBoardLogger(tmp_path, "name", "version", default_hp_metric=False)
     logger.log_hyperparams({"m_q": 3.0}, {"score": 1.0})
     logger.log_metrics({"train/return": 1.0}, 30)
+    for summary in hparams({"m_q": 3.0}, {"score": 1.0}):
+        logger.experiment._get_file_writer().add_summary(summary, 30)
     logger.save()
     logger.experiment.close()
     (path,) = tmp_path.glob("name/version/events.*")
     tags = ["_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"]
-    assert all(tag.encode() in path.read_bytes() for tag in tags)
+    assert [path.read_bytes().count(tag.encode()) for tag in tags] == [2, 2, 2]
     runs.cut_curves(path.parent, 10, True)
-    assert all(tag.encode() in path.read_bytes() for tag in tags)
+    assert [path.read_bytes().count(tag.encode()) for tag in tags] == [2, 2, 2]
     assert "train/return" not in read(path.parent).Tags()["scalars"]
 
 
@@ -312,8 +317,9 @@ def test_a_run_is_resumed_from_within_its_folder(run: Path) -> None:
     assert len(list(run.glob("events.*"))) == 2
 
 
-def test_a_run_is_resumed_from_within_its_checkpoint(run: Path) -> None:
-    fit(run / "checkpoints" / "000000060", "--resume", ".", "--data.total_frames=65")
+@pytest.mark.parametrize("args", [["--resume", "."], ["--config", "../../config.yaml", "--ckpt_path", "state.ckpt"]])
+def test_a_run_is_resumed_from_within_its_checkpoint(args: list[str], run: Path) -> None:
+    fit(run / "checkpoints" / "000000060", *args, "--data.total_frames=65")
     assert (run / "checkpoints" / "000000065").is_dir()
 
 
@@ -342,7 +348,7 @@ def differences(sentence: str) -> dict[str, str]:
     return {name: values for name, _, values in parts}
 
 
-@pytest.mark.parametrize("names", [*([name] for name in ("model.loss.m_q", "seed_everything")), list(CHANGES)], ids=len)
+@pytest.mark.parametrize("names", [["model.loss.m_q"], ["seed_everything"], list(CHANGES)], ids=["m_q", "seed", "all"])
 def test_settings_that_make_a_run_what_it_is_are_refused_all_at_once(
     names: list[str], run: Path, tmp_path: Path
 ) -> None:

@@ -428,10 +428,9 @@ def test_the_installed_command_imports_nothing_from_the_path(shared: Shared) -> 
         text=True,
     )
     assert result.returncode == 2, result.stderr
-    assert result.stderr == (
-        f"qsm-fit: {shared.config} names 'evil.Loss', code that is not of qsm_lightning, torch, torchrl, "
-        "pytorch_lightning: add --trust if you trust whoever made it\n"
-    )
+    (sentence,) = result.stderr.splitlines()
+    assert sentence.startswith(f"qsm-fit: {shared.config} names 'evil.Loss', ")
+    assert "--trust" in sentence
     assert result.stdout == ""
     assert not shared.marker.exists()
 
@@ -523,7 +522,7 @@ def test_a_loss_of_ones_own_is_taken_with_trust(shared: Shared) -> None:
 
 def test_an_environment_of_ones_own_is_taken_with_trust(shared: Shared) -> None:
     shared.edit_config(env("tests.fake_envs:Wanderer-v0"))
-    assert "imports the module 'tests.fake_envs'" in shared.refused("--resume", shared.run, FURTHER)
+    assert "tests.fake_envs" in shared.refused("--resume", shared.run, FURTHER)
     assert "was made with other settings: data.env" in shared.refused("--resume", shared.run, FURTHER, "--trust")
 
 

@@ -35,6 +35,7 @@ FORMAT = 1
 STATE, MANIFEST, REPLAY = "state.ckpt", "manifest.json", "replay"
 PACKAGES = ("qsm-lightning", "torch", "pytorch-lightning", "torchrl", "tensordict", "gymnasium", "mujoco", "numpy")
 _NAME = re.compile(r"(\d{9,})(?:-(\d+))?")
+_REPLAY_NAME = re.compile(r"\.?\d+-\d{12,}-\d{12,}-[0-9a-f]+\.pt(\.\d+)?")  # with a dot: of a killed process
 
 
 class DamagedError(Exception):
@@ -216,7 +217,8 @@ def publish(stage: Path, frames: int, eval_return: float | None, replay: dict[st
     number = next(n for n in range(len(taken) + 1) if (frames, n) not in taken)
     path = folder / (f"{frames:09}" + (f"-{number}" if number else ""))
     os.rename(stage, path)
-    durable.sync(folder)
+    for parent in (folder, folder.parent, folder.parent.parent):  # a new run's folders are new as well
+        durable.sync(parent)
     return Checkpoint(path)
 
 
@@ -239,19 +241,19 @@ def thin_out(folder: Path, keep_last: int) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
     for path in folder.glob(".removing-*"):
         shutil.rmtree(path, ignore_errors=True)
-    listed: set[str] = set()
-    for path in folder.glob(f"*/{MANIFEST}"):
-        with contextlib.suppress(DamagedError):
-            listed |= Checkpoint(path.parent).manifest()["replay"].keys()
+    try:
+        listed = {n for path in folder.glob(f"*/{MANIFEST}") for n in Checkpoint(path.parent).manifest()["replay"]}
+    except (DamagedError, SettingError):
+        return  # what it lists is not known
     for path in (folder / REPLAY).glob("*"):
-        if path.name not in listed:
+        if _REPLAY_NAME.fullmatch(path.name) and path.name not in listed:
             path.unlink(missing_ok=True)
 
 
 def set_aside_after(checkpoint: Checkpoint) -> list[Path]:
     """Rename the checkpoints newer than the one a run goes on from, so that they are kept and not taken for its own."""
     aside = []
-    for newer in complete(checkpoint.path.parent):
+    for newer in reversed(complete(checkpoint.path.parent)):
         if newer.order > checkpoint.order:
             target = next(
                 path

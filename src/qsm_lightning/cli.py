@@ -19,6 +19,7 @@ from jsonargparse.typing import NonNegativeInt
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from qsm_lightning import callbacks as cb
@@ -129,11 +130,15 @@ class FitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Find and verify the checkpoint to go on from."""
         self.checkpoint: Checkpoint | None = None
+        self.held: Any = None
         ckpt_path = self.config["ckpt_path"]
         if ckpt_path is None:
             return
         siblings = self._root / (self.config["name"] or run_name(self.config["data"]["env"]))
-        self.checkpoint, passed_over = resume.locate(ckpt_path, self.run_folder, siblings)
+        place = (ckpt_path, self.run_folder, siblings)
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self.held = runs.lock(resume.wanted(*place).run)  # before looking which is its newest
+        self.checkpoint, passed_over = resume.whole(resume.wanted(*place))
         for sentence in passed_over:
             log.warning(sentence)
 
@@ -216,16 +221,15 @@ def _build(args: list[str] | None) -> FitCLI:
 def _resumed(args: list[str]) -> tuple[list[str], Path | None]:
     """The arguments with ``--resume`` written out, and the folder of the run whose configuration they name.
 
-    A run's configuration that is about to be resumed may come from a stranger: it is checked before it is read.
+    A configuration in a run's folder may come from a stranger: it is checked before any of it is used.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("-c", "--config", action="append", default=[])
-    for option in ("--resume", "--ckpt_path"):
-        first.add_argument(option)
+    first.add_argument("--resume")
     first.add_argument("--trust", action="store_true")
     try:
         known, _ = first.parse_known_args(args)
-    except SystemExit:  # an option without its value: the full parser says so
+    except argparse.ArgumentError:  # an option without its value: the full parser says so
         return args, None
     if known.resume is not None:
         run, ckpt_path = resume.run_of(known.resume)
@@ -233,12 +237,10 @@ def _resumed(args: list[str]) -> tuple[list[str], Path | None]:
         known.config.append(str(config))
         args = ["--config", str(config), "--ckpt_path", ckpt_path, *args]
     of_runs = [path for path in map(Path, known.config) if (path.parent / runs.CHECKPOINTS).is_dir()]
-    if not of_runs or (known.ckpt_path is None and known.resume is None):
-        return args, None
     if not known.trust:
         for path in of_runs:
             trust.check_config(path)
-    return args, of_runs[-1].parent
+    return args, of_runs[-1].parent if of_runs else None
 
 
 def _cli(args: list[str], run: Path | None) -> FitCLI:
@@ -273,9 +275,10 @@ def _fit(args: list[str] | None) -> None:
     cli = _build(args)
     trainer, checkpoint = cli.trainer, cli.checkpoint
     run = checkpoint.run if checkpoint else runs.run_folder(trainer)
-    state = None
+    progress = None
     if checkpoint is not None:
         state = checkpoints.load(checkpoint.state)
+        progress = state["OffPolicyDataModule"]["progress"]
         if not cli.config["trust"]:
             trust.check_state(state, checkpoint.state)
         here = dict(resume.identity(cli.datamodule.hparams, cli.model.hparams, cli.model.run_identity(trainer)))
@@ -283,21 +286,24 @@ def _fit(args: list[str] | None) -> None:
         resume.check_time(trainer, state)
         if other := resume.other_versions(checkpoint):
             log.warning("%s was made with %s: what follows may differ in the last bits", checkpoint.path, other)
+        del state
     writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), None)
     size = resources.report(cli.datamodule, run, saved=writer is not None)
     if trainer.is_global_zero:
-        held = runs.lock(run)
-        if state is not None:
-            progress = state["OffPolicyDataModule"]["progress"]
+        held = cli.held or runs.lock(run)
+        if checkpoint is not None and progress is not None:
+            checkpoints.set_aside_after(checkpoint)  # first: with newer ones there, the curves must reach them
             runs.cut_curves(run, progress["frames"], progress["evaluated"] == progress["frames"])
         at = f" from frame {checkpoint.order[0]}" if checkpoint else ""
         print(f"qsm-fit: {run}{at}\n{size}", flush=True)
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint.state if checkpoint else None, weights_only=True)
-    except EnvironmentFault:
+    except (Interrupted, EnvironmentFault) as stop:
+        last = (writer.last if writer else None) or checkpoint
+        stop.checkpoint = last.path if last else None
         raise
     except TrainingFault as fault:
-        last = writer.last if writer else None
+        last = (writer.last if writer else None) or checkpoint
         where = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
         raise TrainingFault(f"{fault}; {where}") from fault
     except MisconfigurationException as error:

@@ -58,6 +58,11 @@ class Progress:
         learning_frames = max(0, self.frames - init_random_frames - self.skipped)
         return max(0, math.floor(Fraction(str(utd)) * learning_frames) - self.updates)
 
+    def refill(self, utd: float) -> None:
+        """From an empty buffer updates go on as if as many frames as the warm-up were still to come."""
+        worth = math.ceil(self.updates / Fraction(str(utd)))  # frames whose updates are done
+        self.skipped = self.frames - worth
+
 
 @dataclass
 class RecentExperience:

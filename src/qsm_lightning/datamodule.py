@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import shutil
@@ -28,7 +27,7 @@ from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.plain import generators_state, load_generators_state
 from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, Storage, make_replay_buffer
-from qsm_lightning.runs import run_folder
+from qsm_lightning.runs import mapped_folder, run_folder
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
 
 log = logging.getLogger(__name__)
@@ -216,9 +215,10 @@ class OffPolicyDataModule(LightningDataModule):
                 reason,
             )
 
-    def _seed(self, purpose: Purpose, *path: int) -> int:
-        at = (self.progress.frames, *path) if self.progress.frames else path
-        return derive_seed(global_seed(), self._rank, purpose, *at)
+    def _seed(self, purpose: Purpose) -> int:
+        progress = self.progress
+        later = (progress.frames, progress.env_restarts) if progress.frames or progress.env_restarts else ()
+        return derive_seed(global_seed(), self._rank, purpose, *later)
 
     @property
     def started(self) -> bool:
@@ -226,9 +226,10 @@ class OffPolicyDataModule(LightningDataModule):
         return self._chunks is not None
 
     def _start_env(self) -> None:
-        """Seed the environments and collect from them."""
-        restarts = self.progress.env_restarts
-        self.env.set_seed(self._seed(Purpose.TRAIN_ENV, *([restarts] if restarts else [])))
+        """Seed the environments, made anew after a fault, and collect from them."""
+        if self._env_new:
+            self.env = self._build(self.num_envs)
+        self.env.set_seed(self._seed(Purpose.TRAIN_ENV))
         self.collector = make_collector(
             self.env,
             self._loss.exploration_policy(),
@@ -241,9 +242,7 @@ class OffPolicyDataModule(LightningDataModule):
     def _empty_folder(self) -> Path:
         """A folder for the mapped files, the same for every process that goes on with the run."""
         assert self.trainer is not None
-        run = run_folder(self.trainer)
-        identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
-        folder = Path(self.storage_dir or run) / f"replay-{identity}-{self._rank}"
+        folder = mapped_folder(run_folder(self.trainer), self.storage_dir, self._rank)
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         folder.mkdir(parents=True)
         return folder
@@ -328,7 +327,7 @@ class OffPolicyDataModule(LightningDataModule):
 
         def episodes(selector: str) -> dict[str, torch.Tensor]:
             if self._eval_env is None:
-                self._eval_env = self._make_env(self.eval_episodes)
+                self._eval_env = self._build(self.eval_episodes)
             policy = self._loss.evaluation_policy(selector, self.eval_candidates)
             return run_episodes(self._eval_env, policy, env_seed, noise_seed, self.check_stop)
 
@@ -376,7 +375,14 @@ class OffPolicyDataModule(LightningDataModule):
 
     def _rebuild_env(self) -> None:
         _close(self.env)
-        self.env, self._env_new = self._make_env(self.num_envs), True
+        self._env_new = True
+
+    def _build(self, num_envs: int) -> EnvBase:
+        """Make environments in mid-run; what goes wrong then is a fault of theirs, not of a setting."""
+        try:
+            return self._make_env(num_envs)
+        except Exception as error:
+            raise EnvironmentFault(f"the environment {self.env_name} could not be made ({error})") from error
 
     def _drop_eval_env(self) -> None:
         _close(self._eval_env)
@@ -413,7 +419,6 @@ class OffPolicyDataModule(LightningDataModule):
             "sampler": self.buffer._rng.get_state(),
             "replay": [astuple(chunk) for chunk in cast(ReplayArchive, self._archive).chunks] if saved else None,
             "written": self.buffer.write_count,
-            "frames": self.collector._frames,
             "carrier": self.collector._carrier.clone().to_dict() if envs is not None else None,
             "envs": envs,
             "owed": None if self._owed is None else (self._owed.clone().to_dict(), len(self._owed)),
@@ -454,11 +459,11 @@ class OffPolicyDataModule(LightningDataModule):
             self._archive = ReplayArchive(folder, self._rank, [Chunk(*fields) for fields in mine["replay"]])
             self._archive.load(self.buffer, mine["written"])
             return
-        self.progress.skipped += min(self.progress.frames, self.init_random_frames)
+        self.progress.refill(self.utd)
         log.warning(
-            "the checkpoint has no replay buffer (data.save_buffer was false): the policy collects %d frames "
+            "the checkpoint has no replay buffer (data.save_buffer was false): %d frames are collected "
             "before updates go on, and what follows differs from a run that was not stopped",
-            min(self.progress.frames, self.init_random_frames),
+            self.init_random_frames,
         )
 
     def _load_envs(self, mine: dict[str, Any]) -> None:

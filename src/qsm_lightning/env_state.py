@@ -19,6 +19,7 @@ from torchrl.envs import DMControlEnv, EnvBase, GymWrapper, SerialEnv
 
 from qsm_lightning.plain import NotPlainError, decode, encode
 
+PHYSICS_TYPES = (mujoco.MjModel, mujoco.MjData)
 PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 # What mj_step leaves one substep behind the state: gymnasium's rewards and observations read it before the next step.
 LAGGING = (
@@ -112,15 +113,29 @@ def _attributes(owner: Any) -> dict[str, Any]:
     """What an object remembers in attributes of plain types; raises for one whose state is of unknown kind."""
     if callable(getattr(owner, "state_dict", None)) and callable(getattr(owner, "load_state_dict", None)):
         return {"own": encode(owner.state_dict())}
-    out = {}
+    out, spaces = {}, {}
     for name, value in vars(owner).items():
-        if _is_fixed(name, value):
+        if _is_fixed(name, value) or (isinstance(owner, MujocoEnv) and isinstance(value, PHYSICS_TYPES)):
             continue
         try:
-            out[name] = encode(value)
+            if isinstance(value, gym.Space):
+                spaces[name] = _space_generators(value)
+            else:
+                out[name] = encode(value)
         except NotPlainError as error:
             raise NoStateError(f"its attribute {name} is a {error}, whose state is not known") from error
-    return {"attributes": out}
+    return {"attributes": out, "spaces": {name: states for name, states in spaces.items() if any(states)}}
+
+
+def _parts(space: gym.Space) -> list[gym.Space]:
+    """A space and the spaces it is made of."""
+    inner = getattr(space, "spaces", ())
+    return [space, *(part for s in (inner.values() if isinstance(inner, dict) else inner) for part in _parts(s))]
+
+
+def _space_generators(space: gym.Space) -> list[Any]:
+    """The generators of a space and its parts, None for those that were never drawn from."""
+    return [None if part._np_random is None else encode(part._np_random) for part in _parts(space)]
 
 
 def _set_attributes(owner: Any, state: dict[str, Any]) -> None:
@@ -129,6 +144,10 @@ def _set_attributes(owner: Any, state: dict[str, Any]) -> None:
         return
     for name, value in state["attributes"].items():
         setattr(owner, name, decode(value, getattr(owner, name, None)))
+    for name, states in state["spaces"].items():
+        for part, generator in zip(_parts(getattr(owner, name)), states, strict=True):
+            if generator is not None:
+                decode(generator, part.np_random)
 
 
 def _is_fixed(name: str, value: Any) -> bool:
@@ -136,7 +155,7 @@ def _is_fixed(name: str, value: Any) -> bool:
     return (
         name in ("_saved_kwargs", "_ezpickle_args", "_ezpickle_kwargs")  # how it was made
         or (name == "env" and isinstance(value, gym.Env))
-        or isinstance(value, (ModuleType, gym.Space, gym.envs.registration.EnvSpec, mujoco.MjModel, mujoco.MjData))
+        or isinstance(value, (ModuleType, gym.envs.registration.EnvSpec))
         or type(value).__name__ in ("MujocoRenderer", "Surface", "Clock")
         or inspect.isroutine(value)
         or inspect.isclass(value)

@@ -110,7 +110,7 @@ def make_gym(name: str, **kwargs: Any) -> gym.Env:
     """``gymnasium.make`` with observations as one float32 vector and actions in [-1, 1]."""
     try:
         env = gym.make(name, disable_env_checker=True, **kwargs)
-    except (gym.error.Error, ImportError) as error:
+    except Exception as error:  # its constructor may raise anything
         near = difflib.get_close_matches(name, gym.registry, 1)
         hint = f"did you mean {near[0]}?" if near and near[0] != name else "see gymnasium.registry for the known ids"
         reason = " ".join(str(error).split()).rstrip(".")

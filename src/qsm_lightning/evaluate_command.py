@@ -63,7 +63,8 @@ def find(run_or_checkpoint: str) -> Path:
         candidates = [Checkpoint(folder)]
     else:
         folder = folder / runs.CHECKPOINTS if (folder / runs.CHECKPOINTS).is_dir() else folder
-        candidates = [*filter(None, [checkpoints.best(folder)]), *reversed(checkpoints.complete(folder))]
+        found = [checkpoints.best(folder), *reversed(checkpoints.complete(folder))]
+        candidates = list(dict.fromkeys(checkpoint for checkpoint in found if checkpoint is not None))
     faults = []
     for checkpoint in candidates:
         try:

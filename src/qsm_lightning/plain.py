@@ -22,29 +22,31 @@ def encode(value: Any) -> Any:
     Raises:
         NotPlainError: for anything else.
     """
-    match value:
-        case None | bool() | int() | float() | str() | bytes() if not isinstance(value, np.generic):
-            return value
-        case torch.Tensor():
-            return ("tensor", value.detach().clone())
-        case np.ndarray() | np.generic() if value.dtype.kind in "biufc":
-            array = np.array(value, order="C")
-            return ("array" if isinstance(value, np.ndarray) else "scalar", torch.from_numpy(array))
-        case np.random.Generator():
-            return ("generator", encode(value.bit_generator.state))
-        case np.random.RandomState():
-            return ("random_state", encode(value.get_state(legacy=False)))
-        case list() | tuple() if type(value) in (list, tuple):
-            return (type(value).__name__, [encode(item) for item in value])
-        case deque():
-            return ("deque", [value.maxlen, *map(encode, value)])
-        case dict():
-            return ("dict", [(encode(key), encode(item)) for key, item in value.items()])
+    if type(value) in (type(None), bool, int, float, str, bytes):
+        return value
+    if type(value) in (list, tuple):
+        return (type(value).__name__, [encode(item) for item in value])
+    if type(value) is deque:
+        return ("deque", [value.maxlen, *map(encode, value)])
+    if type(value) is dict:
+        return ("dict", [(encode(key), encode(item)) for key, item in value.items()])
+    if isinstance(value, torch.Tensor):
+        return ("tensor", value.detach().clone())
+    if type(value) is np.random.Generator:
+        return ("generator", encode(value.bit_generator.state))
+    if type(value) is np.random.RandomState:
+        return ("random_state", encode(value.get_state(legacy=False)))
+    if type(value) is np.ndarray or isinstance(value, np.generic):
+        try:
+            kind = "array" if isinstance(value, np.ndarray) else "scalar"
+            return (kind, torch.from_numpy(np.array(value, order="C")))
+        except (TypeError, ValueError) as error:
+            raise NotPlainError(f"{value.dtype} array") from error
     raise NotPlainError(type(value).__name__)
 
 
 def decode(value: Any, current: Any = None) -> Any:
-    """The inverse of :func:`encode`; a generator's state goes into ``current``, the generator that is there now."""
+    """The inverse of :func:`encode`; generators go on in those that stand in ``current``'s place, or in new ones."""
     if not isinstance(value, tuple):
         return value
     kind, content = value
@@ -56,20 +58,30 @@ def decode(value: Any, current: Any = None) -> Any:
         case "scalar":
             return content.numpy()[()]
         case "generator":
-            current.bit_generator.state = decode(content)
+            state = decode(content)
+            if not _runs(current, state["bit_generator"]):
+                current = np.random.Generator(getattr(np.random, state["bit_generator"])())
+            current.bit_generator.state = state
             return current
         case "random_state":
+            current = current if type(current) is np.random.RandomState else np.random.RandomState()
             current.set_state(decode(content))
             return current
-        case "list":
-            return [decode(item) for item in content]
-        case "tuple":
-            return tuple(decode(item) for item in content)
+        case "list" | "tuple":
+            there = current if type(current) in (list, tuple) else []
+            items = [decode(item, there[i] if i < len(there) else None) for i, item in enumerate(content)]
+            return items if kind == "list" else tuple(items)
         case "deque":
             return deque(map(decode, content[1:]), content[0])
         case "dict":
-            return {decode(key): decode(item) for key, item in content}
+            there = current if type(current) is dict else {}
+            pairs = ((decode(key), item) for key, item in content)
+            return {key: decode(item, there.get(key)) for key, item in pairs}
     raise ValueError(f"unknown kind {kind!r}")
+
+
+def _runs(generator: Any, algorithm: str) -> bool:
+    return type(generator) is np.random.Generator and type(generator.bit_generator).__name__ == algorithm
 
 
 def generators_state() -> dict[str, Any]:

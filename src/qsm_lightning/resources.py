@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -12,11 +15,14 @@ from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import require
 from qsm_lightning.replay import frame_bytes
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def report(data: OffPolicyDataModule, run: Path, saved: bool) -> str:
-    """One line on the size of the replay buffer.
+    """One line on the size of the replay buffer, in memory and on disk.
+
+    On disk the newest checkpoint and the best may have no frame in common, so that once the ring has wrapped there can
+    be two buffers' worth.
 
     Args:
         data: the datamodule, before training.
@@ -26,47 +32,76 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool) -> str:
     Raises:
         SettingError: when memory or disk is too small for it.
     """
+    frame = frame_bytes(data.observation_dim, data.action_dim)
     frames = min(data.buffer_size, data.total_frames)
-    size = frames * frame_bytes(data.observation_dim, data.action_dim)
-    mapped = data.storage == "memmap"
+    size, archive = frames * frame, min(2 * data.buffer_size, data.total_frames) * frame
+    mapped, saved = data.storage == "memmap", saved and data.save_buffer
+    setting = f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name} take"
     if not mapped:
         free = available_memory()
         require(
             size <= free,
-            f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name} take {_size(size)} of memory, "
-            f"and {_size(free)} is free; lower it, or set data.storage to memmap",
+            f"{setting} {_size(size)} of memory, and {_size(free)} is free; lower it, or set data.storage to memmap",
         )
-    disk: dict[Path, int] = {}
+    needs: dict[int, int] = defaultdict(int)  # by device: folders may share a disk
+    places: dict[int, Path] = {}
     if mapped:
-        disk[Path(data.storage_dir or run)] = size
-    if saved and data.save_buffer:
-        there = sum(path.stat().st_size for path in (run / runs.CHECKPOINTS / checkpoints.REPLAY).glob("*"))
-        disk[run] = disk.get(run, 0) + max(0, size - there)
-    for folder, needed in disk.items():
-        existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-        free = shutil.disk_usage(existing).free
+        folder = runs.mapped_folder(run, data.storage_dir)
+        _add(needs, places, folder, size)
+    if saved:
+        _add(needs, places, run / runs.CHECKPOINTS / checkpoints.REPLAY, archive)
+    for device, needed in needs.items():
+        free = shutil.disk_usage(places[device]).free
         require(
             needed <= free,
-            f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name} take {_size(needed)} of disk "
-            f"at {folder}, and {_size(free)} is free; lower it, free some, set data.save_buffer to false, or choose "
-            "another trainer.default_root_dir or data.storage_dir",
+            f"{setting} {_size(needed)} more of disk at {places[device]}, and {_size(free)} is free; lower it, free "
+            "some, set data.save_buffer to false, or choose another trainer.default_root_dir or data.storage_dir",
         )
     where = "mapped files" if mapped else "memory"
-    on_disk = f", as much again in {run / runs.CHECKPOINTS}" if saved and data.save_buffer else ""
+    on_disk = f", up to {_size(archive)} in {run / runs.CHECKPOINTS}" if saved else ""
     return f"replay buffer: {frames} frames, {_size(size)} in {where}{on_disk}"
 
 
+def _add(needs: dict[int, int], places: dict[int, Path], folder: Path, size: int) -> None:
+    """Note what ``folder`` will need beyond what an earlier process of the run has put there."""
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    device = existing.stat().st_dev
+    there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    needs[device] += max(0, size - there)
+    places.setdefault(device, existing)
+
+
 def available_memory() -> int:
-    """Bytes this process may still take: what the machine has free, or less where a container is limited."""
-    free = psutil.virtual_memory().available
+    """Bytes this process may still take: what the machine has free, or less where a group of processes is limited."""
+    return min([psutil.virtual_memory().available, *_left_in_cgroups()])
+
+
+def _left_in_cgroups() -> Iterator[int]:
+    """What the limits of this process's control groups, of either version, leave."""
     try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        if limit != "max":
-            free = min(free, int(limit) - int(used) + int(stat.get("inactive_file", 0)))
+        lines = OWN_CGROUP.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, own = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        limit, used = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        group = root / own.lstrip("/")
+        for folder in (group, *group.parents):
+            if os.path.commonpath([folder, root]) == str(root):
+                yield from _left(folder, f"memory.{limit}", f"memory.{used}")
+
+
+def _left(folder: Path, limit: str, used: str) -> Iterator[int]:
+    try:
+        allowed, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        pass  # no container, or one of another kind
-    return free
+        return
+    if allowed != "max":
+        yield int(allowed) - taken + int(stat.get("inactive_file", 0))
 
 
 def _size(count: int) -> str:

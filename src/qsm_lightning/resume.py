@@ -41,8 +41,8 @@ def run_of(path: str) -> tuple[Path, str]:
     return run, checkpoint
 
 
-def locate(ckpt_path: str, run: Path | None, siblings: Path) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint to go on from, and a sentence for each damaged one that was passed over.
+def wanted(ckpt_path: str, run: Path | None, siblings: Path) -> Checkpoint:
+    """The checkpoint that ``--ckpt_path`` names, which may be damaged.
 
     Args:
         ckpt_path: ``last``, ``best``, a checkpoint's folder, or the state file in one.
@@ -50,7 +50,7 @@ def locate(ckpt_path: str, run: Path | None, siblings: Path) -> tuple[Checkpoint
         siblings: the folder of the runs of that name; the newest of them that has checkpoints is meant otherwise.
 
     Raises:
-        SettingError: when there is no checkpoint or none that is whole.
+        SettingError: when there is none.
     """
     if ckpt_path in ("last", "best"):
         folder = run / CHECKPOINTS if run is not None else _newest_folder(siblings)
@@ -60,19 +60,32 @@ def locate(ckpt_path: str, run: Path | None, siblings: Path) -> tuple[Checkpoint
             f"--ckpt_path is {ckpt_path}: there is no checkpoint below {run or siblings}; "
             "leave it out to start from the beginning",
         )
-        wanted = (ckpt_path == "best" and checkpoints.best(found[0].path.parent)) or found[-1]
-    else:
-        path = Path(ckpt_path)
-        require(path.exists(), f"--ckpt_path is {ckpt_path!r}: there is no such file")
-        wanted = Checkpoint(path.parent if path.is_file() else path)
-        require(
-            (wanted.path / checkpoints.MANIFEST).exists(),
-            f"--ckpt_path: {ckpt_path} is not a checkpoint that a run can go on from; give a folder with a "
-            f"{checkpoints.MANIFEST}, such as runs/Hopper-v5/version_0/checkpoints/000005000",
-        )
-    good, faults = checkpoints.newest_good(wanted.path.parent, wanted)
+        return (ckpt_path == "best" and checkpoints.best(found[0].path.parent)) or found[-1]
+    path = Path(ckpt_path)
+    require(path.exists(), f"--ckpt_path is {ckpt_path!r}: there is no such file")
+    checkpoint = Checkpoint(path.parent if path.is_file() else path)
+    require(
+        (checkpoint.path / checkpoints.MANIFEST).exists(),
+        f"--ckpt_path: {ckpt_path} is not a checkpoint that a run can go on from; give a folder with a "
+        f"{checkpoints.MANIFEST}, such as runs/Hopper-v5/version_0/checkpoints/000005000",
+    )
+    require(
+        checkpoint in checkpoints.complete(checkpoint.path.parent),
+        f"--ckpt_path: {ckpt_path} has another name than a checkpoint's frame; rename it to "
+        f"{checkpoint.path.name.partition('.')[0]} to go on from it",
+    )
+    return checkpoint
+
+
+def whole(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+    """This checkpoint or the newest older one that is whole, and a sentence for each one passed over.
+
+    Raises:
+        SettingError: when none is.
+    """
+    good, faults = checkpoints.newest_good(checkpoint.path.parent, checkpoint)
     if good is None:
-        raise SettingError(f"{faults[0] if faults else wanted.path}: there is no older whole checkpoint to go on from")
+        raise SettingError(f"{faults[0]}: there is no older whole checkpoint to go on from")
     return good, [f"{fault}; going on from {good.path} instead" for fault in faults]
 
 
@@ -106,7 +119,7 @@ def check(checkpoint: Checkpoint, state: dict[str, Any], here: dict[str, Any], t
     progress = state["OffPolicyDataModule"]["progress"]
     frames, owed = progress["frames"], progress["evaluated"] < progress["frames"]
     require(
-        frames < total_frames or (frames >= total_frames and owed),
+        frames < total_frames or owed,
         f"data.total_frames is {total_frames}: {checkpoint.path} is already at {frames} frames; give a greater number",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import hashlib
 import io
 import os
 import shlex
@@ -37,8 +38,14 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(next(filter(None, folders), trainer.default_root_dir))
 
 
+def mapped_folder(run: Path, storage_dir: str | None, rank: int = 0) -> Path:
+    """Where a rank's mapped replay frames are while it trains: the same for every process that goes on with the run."""
+    identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
+    return Path(storage_dir or run) / f"replay-{identity}-{rank}"
+
+
 def resume_command(checkpoint: Path) -> str:
-    """The command that goes on from a checkpoint: shorter where it is the last of a run with its configuration."""
+    """The command that goes on with the run of a checkpoint, its newest."""
     run = checkpoint.parent.parent
     if not (run / CONFIG).is_file():
         return shlex.join(["qsm-fit", "--config", "CONFIG", "--ckpt_path", str(checkpoint)])
@@ -63,7 +70,7 @@ def lock(run: Path) -> Any:
     except BlockingIOError as error:
         file.close()
         raise SettingError(
-            f"{run} is in use: another qsm-fit trains there; wait for its end, or leave out --ckpt_path"
+            f"{run} is in use: another qsm-fit trains there; wait for its end, or start again for a new folder"
         ) from error
     except OSError:
         pass  # a file system without locks
@@ -83,6 +90,8 @@ def cut_curves(run: Path, frames: int, evaluated: bool) -> None:
         repeated = not evaluated and any(name.startswith("eval") for name in names)
         return step < frames or (step == frames and not repeated)
 
+    for path in run.glob(".*.[0-9]*"):  # a killed process was about to rename it
+        path.unlink()
     _cut_csv(run / METRICS, keeps)
     for path in sorted(run.glob("events.out.tfevents.*")):
         _cut_events(path, keeps)
@@ -91,15 +100,23 @@ def cut_curves(run: Path, frames: int, evaluated: bool) -> None:
 def _cut_csv(path: Path, keeps: Any) -> None:
     if not path.is_file():
         return
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [row for row in reader if None not in row.values() and None not in row]  # a torn last line is not whole
-        names = reader.fieldnames or []
+    content = path.read_bytes()
+    content = content[: content.rfind(b"\n") + 1]  # a torn last line is not whole
+    reader = csv.DictReader(io.StringIO(content.decode(errors="replace"), newline=""))
+    rows = [row for row in reader if None not in row.values() and None not in row and _is_number(row.get("step"))]
+    names = reader.fieldnames or []
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names)
     writer.writeheader()
     writer.writerows(row for row in rows if keeps(int(float(row["step"])), [k for k in names if row[k] != ""]))
     durable.write_file(path, text.getvalue().encode())
+
+
+def _is_number(text: str | None) -> bool:
+    try:
+        return float(text or "") >= 0
+    except ValueError:
+        return False
 
 
 def _cut_events(path: Path, keeps: Any) -> None:

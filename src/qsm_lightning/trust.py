@@ -13,33 +13,31 @@ from qsm_lightning.errors import SettingError
 
 PACKAGES = ("qsm_lightning", "torch", "torchrl", "pytorch_lightning")
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-_MODULE_ENV = re.compile(r"(?!dmc:|envpool:)[\w.]+:")
 # Strings that are names of folders, not of classes.
-_FOLDERS = ("name", "ckpt_path", "default_root_dir", "storage_dir")
-
-
-def is_trusted(import_path: str) -> bool:
-    """Whether a dotted path leads into one of the trusted packages."""
-    return import_path.partition(".")[0] in PACKAGES
+_FOLDERS = ("name", "default_root_dir", "storage_dir")
 
 
 def check_class(import_path: str, where: str) -> None:
-    """Raise :class:`SettingError` unless ``import_path`` is of a trusted package."""
-    if not is_trusted(import_path):
-        raise _refusal(where, f"names {import_path!r}, code that is not of {', '.join(PACKAGES)}")
+    """Raise :class:`SettingError` unless ``import_path`` is a class that a trusted package itself defines."""
+    if import_path.partition(".")[0] in PACKAGES:
+        found = import_class(import_path)
+        if isinstance(found, type) and found.__module__.partition(".")[0] in PACKAGES:
+            return
+    raise _refusal(where, f"names {import_path!r}, which is not a class of {', '.join(PACKAGES)}")
 
 
 def check_env(name: str, where: str) -> None:
     """Raise :class:`SettingError` for an environment name that would import a module."""
-    if _MODULE_ENV.match(name):
-        raise _refusal(where, f"names the environment {name!r}, which imports the module {name.partition(':')[0]!r}")
+    module, colon, _ = name.partition(":")
+    if colon and module not in ("dmc", "envpool"):
+        raise _refusal(where, f"names the environment {name!r}, which imports the module {module!r}")
 
 
 def check_config(path: Path) -> None:
     """Refuse a stored configuration that names code outside of the trusted packages, before any of it is imported.
 
     Raises:
-        SettingError: for the first such name, and for a setting that would load another file.
+        SettingError: for the first such name, and for a setting that would load another file or hide a name.
     """
     try:
         settings = yaml.safe_load(path.read_bytes())
@@ -50,23 +48,34 @@ def check_config(path: Path) -> None:
     for key in ("model", "data", "trainer"):
         if not isinstance(settings.get(key, {}), dict):
             raise _refusal(str(path), f"takes {key} from another file")
-    check_env(str((settings.get("data") or {}).get("env", "")), str(path))
-    _check_tree(settings, str(path))
+    _check_tree(settings, path, "")
 
 
-def _check_tree(node: Any, where: str, key: str = "") -> None:
+def _check_tree(node: Any, path: Path, key: str) -> None:
     if isinstance(node, dict):
         for name, value in node.items():
-            if name not in _FOLDERS:
-                _check_tree(value, where, str(name))
+            if not isinstance(name, str) or name == "config" or "$" in name:
+                raise _refusal(str(path), f"has the setting {name!r}, which may load something else")
+            _check_tree(value, path, name.rpartition(".")[2])
     elif isinstance(node, list):
         for value in node:
-            _check_tree(value, where, key)
-    elif isinstance(node, str) and key != "env":
-        if _IMPORT_PATH.fullmatch(node):
-            check_class(node, where)
-        elif Path(node).is_file():
-            raise _refusal(where, f"takes {key} from the file {node!r}")
+            _check_tree(value, path, key)
+    elif isinstance(node, str):
+        _check_string(node, path, key)
+
+
+def _check_string(value: str, path: Path, key: str) -> None:
+    where = str(path)
+    if "${" in value or (key not in _FOLDERS and re.search(r"[{}\[\]\n]", value)):
+        raise _refusal(where, f"has {key}: {value!r}, which may hide a name")
+    if key in _FOLDERS:
+        return
+    if key == "env":
+        check_env(value, where)
+    elif key == "class_path" or _IMPORT_PATH.fullmatch(value):
+        check_class(value, where)
+    elif value and (Path(value).is_file() or (path.parent / value).is_file()):
+        raise _refusal(where, f"takes {key} from the file {value!r}")
 
 
 def check_state(state: dict[str, Any], path: Path) -> None:
