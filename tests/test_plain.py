@@ -140,7 +140,7 @@ def test_what_comes_back_is_a_copy() -> None:
         {object(): 1},
         deque([object()]),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_not_known_is_refused(value: Any) -> None:
     with pytest.raises(NotPlainError):
@@ -153,7 +153,7 @@ def test_what_is_not_known_is_refused(value: Any) -> None:
         *(Colour.RED, Metres(2), Name("x"), OrderedDict(a=1)),
         *(np.longdouble(1), np.zeros(2, np.longdouble), np.zeros(2, np.ulonglong), np.zeros(2, ">f8")),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_like_a_known_kind_comes_back_as_it_was_or_is_refused(value: Any) -> None:
     try:

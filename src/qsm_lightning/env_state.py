@@ -71,6 +71,7 @@ def _get(env: EnvBase) -> dict[str, Any]:
     state: dict[str, Any] = {"chain": [_attributes(part) for part in _chain(env)]}
     inner = env._env.unwrapped
     if isinstance(inner, MujocoEnv):
+        state["model"] = _model_arrays(inner.model)
         state["physics"] = _physics(inner.model, inner.data)
         state["lagging"] = {k: torch.from_numpy(getattr(inner.data, k).copy()) for k in LAGGING}
     return state
@@ -80,8 +81,7 @@ def _set(env: EnvBase, state: dict[str, Any]) -> None:
     if isinstance(env, DMControlEnv):
         control = env._env
         model, data = control.physics.model.ptr, control.physics.data.ptr
-        for name, value in state["model"].items():
-            getattr(model, name)[...] = value.numpy()
+        _set_model_arrays(model, state["model"])
         _set_attributes(control.task, state["task"])
         _set_physics(model, data, state["physics"])
         mujoco.mj_forward(model, data)
@@ -93,6 +93,7 @@ def _set(env: EnvBase, state: dict[str, Any]) -> None:
         _set_attributes(part, attributes)
     inner = env._env.unwrapped
     if isinstance(inner, MujocoEnv):
+        _set_model_arrays(inner.model, state["model"])
         _set_physics(inner.model, inner.data, state["physics"])
         for name, value in state["lagging"].items():
             getattr(inner.data, name)[...] = value.numpy()
@@ -182,3 +183,8 @@ def _model_arrays(model: Any) -> dict[str, torch.Tensor]:
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
             out[name] = torch.from_numpy(np.array(value))
     return out
+
+
+def _set_model_arrays(model: Any, arrays: dict[str, torch.Tensor]) -> None:
+    for name, value in arrays.items():
+        getattr(model, name)[...] = value.numpy()

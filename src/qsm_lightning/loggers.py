@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -96,9 +98,14 @@ class _Writer(ExperimentWriter):
     @override
     def save(self) -> None:
         """Append the rows since the last call; on a full disk they wait for the next."""
+        path, columns = Path(self.metrics_file_path), list(self.metrics_keys)
+        size = path.stat().st_size if path.is_file() else 0
         try:
             super().save()
         except OSError as error:
+            self.metrics_keys = columns
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # half a row would spoil the file
             warnings.warn(f"{self.metrics_file_path} could not be written ({error}): trying again", stacklevel=2)
 
     @override

@@ -34,7 +34,8 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool) -> str:
     """
     frame = frame_bytes(data.observation_dim, data.action_dim)
     frames = min(data.buffer_size, data.total_frames)
-    size, archive = frames * frame, min(2 * data.buffer_size, data.total_frames) * frame
+    index = 8  # TorchRL stores each frame's number with it
+    size, archive = frames * (frame + index), min(2 * data.buffer_size, data.total_frames) * frame
     mapped, saved = data.storage == "memmap", saved and data.save_buffer
     setting = f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name} take"
     if not mapped:

@@ -118,8 +118,9 @@ def check(checkpoint: Checkpoint, state: dict[str, Any], here: dict[str, Any], t
     )
     progress = state["OffPolicyDataModule"]["progress"]
     frames, owed = progress["frames"], progress["evaluated"] < progress["frames"]
+    same_end = total_frames == state["datamodule_hyper_parameters"]["total_frames"]
     require(
-        frames < total_frames or owed,
+        frames < total_frames or (owed and same_end),
         f"data.total_frames is {total_frames}: {checkpoint.path} is already at {frames} frames; give a greater number",
     )
 
