@@ -116,6 +116,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             with contextlib.suppress(OSError):  # the next save tries again
                 checkpoints.thin_out(folder, self.keep_last)
+        trainer.strategy.barrier()  # before another rank writes files that no checkpoint lists yet
 
     def _flush_curves(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:

@@ -16,7 +16,9 @@ from pathlib import Path
 from tests.helpers import has
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["qsm_lightning.cli", *(["dm_control.suite"] if has("dm_control") else [])])
+CONTEXT.set_forkserver_preload(
+    ["qsm_lightning.cli", "tests.processes", *(["dm_control.suite"] if has("dm_control") else [])]
+)
 
 
 def _main(name: str, args: list[str], folder: Path, log: Path) -> None:

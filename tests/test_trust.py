@@ -94,7 +94,9 @@ class Shared:
     def edit_config(self, change: Callable[[Any], object]) -> None:
         settings = yaml.safe_load(self.config.read_text())
         change(settings)
-        self.config.write_text(yaml.safe_dump(settings, sort_keys=False).replace("RUN", str(self.run)))
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        text = text.replace("HOME_TO_RUN", os.path.relpath(self.run, Path.home())).replace("RUN", str(self.run))
+        self.config.write_text(text, encoding="utf-8")
 
     def edit_state(self, change: Callable[[Any], object]) -> None:
         state = torch.load(self.checkpoint.state, weights_only=True)
@@ -239,6 +241,7 @@ PROCESS = {
         **{"stdout": None, "stderr": None, "local_rank_id": 0, "numa_options": None},
     },
 }
+OTHER_ENV = {"class_path": "torchrl.envs.GymEnv", "init_args": {"env_name": "evil:Evil-v0"}}
 HUB = {"class_path": "torch.hub.load", "init_args": {"repo_or_dir": "RUN", "model": "model", "source": "local"}}
 
 
@@ -298,8 +301,11 @@ NAMED: dict[str, Callable[[Any], object]] = {
     # YAML within a string
     "loss, in quotes": loss("{class_path: evil.Loss}"),
     "loss, in a block": loss("class_path: evil.Loss\n"),
+    "loss, on a line": loss("class_path: evil.Loss"),
     "loss, with spaces": loss(" evil.Loss "),
+    "loss, in another alphabet": loss("evil.Été"),
     "callback, in quotes": trainer(callbacks="[{class_path: evil.Callback}]"),
+    "callback, on a line": trainer(callbacks="- evil.Callback"),
     # interpolation
     "loss, elsewhere": lambda config: config.update(name="evil.Loss", model={"loss": "${name}"}),
     "loss, in two parts": lambda config: config.update(name="evil", model={"loss": {"class_path": "${name}.Loss"}}),
@@ -310,6 +316,7 @@ NAMED: dict[str, Callable[[Any], object]] = {
     "loss, beside, as YAML": loss("loss.yaml"),
     "loss, at a path": loss("RUN/loss"),
     "loss, at an address": loss("file://RUN/loss"),
+    "loss, from home": loss("~/HOME_TO_RUN/loss"),
     "callbacks, beside": trainer(callbacks="./callbacks"),
     "callback, in a list, beside": trainer(callbacks=["./loss", "./callback"]),
     "model, beside": top(model="model"),
@@ -322,6 +329,9 @@ NAMED: dict[str, Callable[[Any], object]] = {
     "a shell, for a callback": callback(setup=SHELL),
     "a process": strategy(PROCESS),
     "a folder of code": loss(HUB),
+    "an environment": strategy(OTHER_ENV),
+    # what is merely odd
+    "a text too long for a path": trainer(precision="x" * 5000),
 }
 BESIDE = {
     "loss": "class_path: evil.Loss\n",
@@ -391,6 +401,7 @@ WAYS: dict[str, list[str]] = {
     "short options": ["--conf", "RUN/config.yaml", "--ckpt", CHECKPOINT],
     "a short option": ["--config", "RUN/config.yaml", "--ckpt", CHECKPOINT],
     "trusted in vain": ["--resume", "RUN", "--trust=false"],
+    "trusted in vain, at the end": ["--config", "RUN/config.yaml", "--ckpt_path", CHECKPOINT, "--trust=false"],
 }
 
 

@@ -82,7 +82,7 @@ class Checkpoint:
             written = manifest["format"]
             assert isinstance(written, int)
             assert all({"bytes", "sha256"} <= r.keys() for r in (manifest["files"] | manifest["replay"]).values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
             raise DamagedError(f"{path} is missing or not a manifest") from error
         require(
             written <= FORMAT,
@@ -132,9 +132,10 @@ def complete(folder: Path) -> list[Checkpoint]:
 def eval_return(checkpoint: Checkpoint) -> float | None:
     """The evaluation return a checkpoint was written with, if an evaluation came right before it."""
     try:
-        return checkpoint.manifest()["eval_return"]
+        found = checkpoint.manifest().get("eval_return")
     except (DamagedError, SettingError):
         return None
+    return found if isinstance(found, (int, float)) else None
 
 
 def best(folder: Path) -> Checkpoint | None:
@@ -213,8 +214,7 @@ def publish(stage: Path, frames: int, eval_return: float | None, replay: dict[st
     durable.write_file(stage / MANIFEST, json.dumps(manifest, indent=2).encode())
     durable.sync(stage)
     folder = stage.parent
-    taken = {c.order for c in complete(folder)}
-    number = next(n for n in range(len(taken) + 1) if (frames, n) not in taken)
+    number = 1 + max((n for f, n in (c.order for c in complete(folder)) if f == frames), default=-1)
     path = folder / (f"{frames:09}" + (f"-{number}" if number else ""))
     os.rename(stage, path)
     for parent in (folder, folder.parent, folder.parent.parent):  # a new run's folders are new as well
@@ -241,10 +241,14 @@ def thin_out(folder: Path, keep_last: int) -> None:
             shutil.rmtree(hidden, ignore_errors=True)
     for path in folder.glob(".removing-*"):
         shutil.rmtree(path, ignore_errors=True)
-    try:
-        listed = {n for path in folder.glob(f"*/{MANIFEST}") for n in Checkpoint(path.parent).manifest()["replay"]}
-    except (DamagedError, SettingError):
-        return  # what it lists is not known
+    listed: set[str] = set()
+    for path in folder.glob(f"*/{MANIFEST}"):
+        try:
+            listed |= Checkpoint(path.parent).manifest()["replay"].keys()
+        except DamagedError:
+            continue  # nothing can go on from it
+        except SettingError:
+            return  # of a later version: what it lists may not be known
     for path in (folder / REPLAY).glob("*"):
         if _REPLAY_NAME.fullmatch(path.name) and path.name not in listed:
             path.unlink(missing_ok=True)

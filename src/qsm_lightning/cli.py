@@ -78,10 +78,12 @@ class FitCLI(LightningCLI):
 
     def __init__(self, *args: Any, run_folder: Path | None = None, **kwargs: Any) -> None:
         self.run_folder = run_folder
+        self.trusted = False  # by the command line; a configuration cannot vouch for itself
         super().__init__(*args, **kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         parser = FitParser(**kwargs, epilog=EPILOG.format(loss_settings=loss_help()), formatter_class=HelpFormatter)
+        parser.allow_abbrev = False  # a shortened option would not be seen before the configuration is checked
         parser.add_argument(
             "-c",
             "--config",
@@ -211,15 +213,18 @@ def fit(args: list[str] | None = None) -> None:
 def _build(args: list[str] | None) -> FitCLI:
     """Parse and instantiate everything; whatever is wrong with the settings ends in a :class:`SettingError`."""
     try:
-        return _cli(*_resumed(sys.argv[1:] if args is None else args))
+        args, run, trusted = _resumed(sys.argv[1:] if args is None else args)
+        cli = _cli(args, run)
     except SettingError:
         raise
     except (MisconfigurationException, OmegaConfBaseException, ValueError) as error:
         raise SettingError(one_line(error)) from error
+    cli.trusted = trusted
+    return cli
 
 
-def _resumed(args: list[str]) -> tuple[list[str], Path | None]:
-    """The arguments with ``--resume`` written out, and the folder of the run whose configuration they name.
+def _resumed(args: list[str]) -> tuple[list[str], Path | None, bool]:
+    """The arguments with ``--resume`` written out, the run whose configuration they name, whether it is trusted.
 
     A configuration in a run's folder may come from a stranger: it is checked before any of it is used.
     """
@@ -229,18 +234,19 @@ def _resumed(args: list[str]) -> tuple[list[str], Path | None]:
     first.add_argument("--trust", action="store_true")
     try:
         known, _ = first.parse_known_args(args)
-    except argparse.ArgumentError:  # an option without its value: the full parser says so
-        return args, None
+    except argparse.ArgumentError as error:  # a value too few or too many
+        raise SettingError(f"{one_line(error)}; see qsm-fit --help") from error
     if known.resume is not None:
         run, ckpt_path = resume.run_of(known.resume)
         config = run / runs.CONFIG
         known.config.append(str(config))
         args = ["--config", str(config), "--ckpt_path", ckpt_path, *args]
-    of_runs = [path for path in map(Path, known.config) if (path.parent / runs.CHECKPOINTS).is_dir()]
+    files = [file for path in map(Path, known.config) for file in dict.fromkeys((path, path.resolve()))]
+    of_runs = [file for file in files if file.is_file() and (file.parent / runs.CHECKPOINTS).is_dir()]
     if not known.trust:
         for path in of_runs:
             trust.check_config(path)
-    return args, of_runs[-1].parent if of_runs else None
+    return args, of_runs[-1].parent if of_runs else None, known.trust
 
 
 def _cli(args: list[str], run: Path | None) -> FitCLI:
@@ -279,7 +285,7 @@ def _fit(args: list[str] | None) -> None:
     if checkpoint is not None:
         state = checkpoints.load(checkpoint.state)
         progress = state["OffPolicyDataModule"]["progress"]
-        if not cli.config["trust"]:
+        if not cli.trusted:
             trust.check_state(state, checkpoint.state)
         here = dict(resume.identity(cli.datamodule.hparams, cli.model.hparams, cli.model.run_identity(trainer)))
         resume.check(checkpoint, state, here, cli.datamodule.total_frames)

@@ -97,8 +97,12 @@ def run(args: list[str] | None = None) -> None:
     name = checkpoint["datamodule_hyper_parameters"]["env"]
     if options.video:
         check_renderable(name)
-    module = OffPolicyModule(**checkpoint["hyper_parameters"])
-    module.load_state_dict(checkpoint["state_dict"])
+    try:
+        module = OffPolicyModule(**checkpoint["hyper_parameters"])
+        module.load_state_dict(checkpoint["state_dict"])
+    except (TypeError, KeyError, RuntimeError, AttributeError) as error:
+        what = " ".join(str(error).split())
+        raise SettingError(f"{path} has settings that qsm-fit does not write ({what}); choose another") from error
     policy = module.loss.evaluation_policy(options.selector, options.candidates)
     env_seed = derive_seed(options.seed, 0, Purpose.REPORT_ENV)
     noise_seed = derive_seed(options.seed, 0, Purpose.REPORT_NOISE)

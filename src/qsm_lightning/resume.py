@@ -33,12 +33,17 @@ def run_of(path: str) -> tuple[Path, str]:
     checkpoint = "last"
     run = given
     if (given / checkpoints.MANIFEST).exists():
-        run, checkpoint = given.parent.parent, path
+        run, checkpoint = _long(given).parent.parent, str(_long(given))
     require(
         (run / CONFIG).is_file(),
         f"--resume is {path!r}: there is no {run / CONFIG}; give the folder of a run, such as runs/Hopper-v5/version_0",
     )
     return run, checkpoint
+
+
+def _long(path: Path) -> Path:
+    """A path that shows the folders above, wherever the command was given."""
+    return path if len(path.parts) > 3 else path.resolve()
 
 
 def wanted(ckpt_path: str, run: Path | None, siblings: Path) -> Checkpoint:
@@ -63,7 +68,7 @@ def wanted(ckpt_path: str, run: Path | None, siblings: Path) -> Checkpoint:
         return (ckpt_path == "best" and checkpoints.best(found[0].path.parent)) or found[-1]
     path = Path(ckpt_path)
     require(path.exists(), f"--ckpt_path is {ckpt_path!r}: there is no such file")
-    checkpoint = Checkpoint(path.parent if path.is_file() else path)
+    checkpoint = Checkpoint(_long(path).parent if path.is_file() else _long(path))
     require(
         (checkpoint.path / checkpoints.MANIFEST).exists(),
         f"--ckpt_path: {ckpt_path} is not a checkpoint that a run can go on from; give a folder with a "

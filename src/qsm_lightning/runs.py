@@ -64,7 +64,7 @@ def lock(run: Path) -> Any:
     """
     folder = run / CHECKPOINTS
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
+    file = (folder / ".lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -87,7 +87,7 @@ def cut_curves(run: Path, frames: int, evaluated: bool) -> None:
     """
 
     def keeps(step: int, names: Iterable[str]) -> bool:
-        repeated = not evaluated and any(name.startswith("eval") for name in names)
+        repeated = not evaluated and any(name.startswith(("eval", "policy", "episode")) for name in names)
         return step < frames or (step == frames and not repeated)
 
     for path in run.glob(".*.[0-9]*"):  # a killed process was about to rename it
@@ -105,6 +105,8 @@ def _cut_csv(path: Path, keeps: Any) -> None:
     reader = csv.DictReader(io.StringIO(content.decode(errors="replace"), newline=""))
     rows = [row for row in reader if None not in row.values() and None not in row and _is_number(row.get("step"))]
     names = reader.fieldnames or []
+    if "step" not in names:
+        return
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names)
     writer.writeheader()

@@ -8,22 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pytorch_lightning import Callback
+from pytorch_lightning.accelerators import Accelerator
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins import CheckpointIO, LayerSync, Precision
+from pytorch_lightning.plugins.environments import ClusterEnvironment
+from pytorch_lightning.profilers import Profiler
+from pytorch_lightning.strategies import Strategy
 
 from qsm_lightning.errors import SettingError
+from qsm_lightning.losses import OffPolicyLoss
 
 PACKAGES = ("qsm_lightning", "torch", "torchrl", "pytorch_lightning")
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 # Strings that are names of folders, not of classes.
 _FOLDERS = ("name", "default_root_dir", "storage_dir")
 
 
 def check_class(import_path: str, where: str) -> None:
-    """Raise :class:`SettingError` unless ``import_path`` is a class that a trusted package itself defines."""
+    """Raise :class:`SettingError` unless ``import_path`` is a loss or a part of a Trainer, and of a trusted package."""
     if import_path.partition(".")[0] in PACKAGES:
         found = import_class(import_path)
-        if isinstance(found, type) and found.__module__.partition(".")[0] in PACKAGES:
+        defined_in = getattr(found, "__module__", "").partition(".")[0]
+        if isinstance(found, type) and issubclass(found, _kinds()) and defined_in in (*PACKAGES, "lightning_fabric"):
             return
-    raise _refusal(where, f"names {import_path!r}, which is not a class of {', '.join(PACKAGES)}")
+    raise _refusal(where, f"names {import_path!r}, which is not a loss, callback or the like of {', '.join(PACKAGES)}")
+
+
+def _kinds() -> tuple[type, ...]:
+    """What settings may name: a loss, and what Lightning's Trainer is made of."""
+    parts = (Callback, Logger, Strategy, Accelerator, Profiler, Precision, CheckpointIO, ClusterEnvironment, LayerSync)
+    return (OffPolicyLoss, *parts)
 
 
 def check_env(name: str, where: str) -> None:
@@ -41,8 +56,14 @@ def check_config(path: Path) -> None:
     """
     try:
         settings = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError) as error:
+        _check_settings(settings, path)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        if isinstance(error, SettingError):
+            raise
         raise SettingError(f"{path} is not readable ({type(error).__name__}); choose another") from error
+
+
+def _check_settings(settings: Any, path: Path) -> None:
     if not isinstance(settings, dict):
         raise SettingError(f"{path} holds no settings; choose another")
     for key in ("model", "data", "trainer"):
@@ -65,17 +86,35 @@ def _check_tree(node: Any, path: Path, key: str) -> None:
 
 
 def _check_string(value: str, path: Path, key: str) -> None:
-    where = str(path)
-    if "${" in value or (key not in _FOLDERS and re.search(r"[{}\[\]\n]", value)):
+    where, text = str(path), value.strip()
+    if "${" in value:
         raise _refusal(where, f"has {key}: {value!r}, which may hide a name")
     if key in _FOLDERS:
         return
     if key == "env":
         check_env(value, where)
-    elif key == "class_path" or _IMPORT_PATH.fullmatch(value):
-        check_class(value, where)
-    elif value and (Path(value).is_file() or (path.parent / value).is_file()):
+    elif key == "class_path" or _IMPORT_PATH.fullmatch(text):
+        check_class(text, where)
+    elif "://" in value or "::" in value:
+        raise _refusal(where, f"has {key}: {value!r}, which may lead elsewhere")
+    elif text and any(_is_file(place) for place in (Path(text).expanduser(), path.parent / text)):
         raise _refusal(where, f"takes {key} from the file {value!r}")
+    elif isinstance(inner := _parsed(value, where, key), (dict, list)):  # the command line's parser looks inside
+        _check_tree(inner, path, key)
+
+
+def _parsed(value: str, where: str, key: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise _refusal(where, f"has {key}: {value!r}, which may hide a name") from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long for a name, for example
+        return False
 
 
 def check_state(state: dict[str, Any], path: Path) -> None:
@@ -84,8 +123,12 @@ def check_state(state: dict[str, Any], path: Path) -> None:
     Raises:
         SettingError: naming it.
     """
-    check_class(str(state["hyper_parameters"]["loss"]["class_path"]), str(path))
-    check_env(str(state["datamodule_hyper_parameters"]["env"]), str(path))
+    try:
+        loss, env = state["hyper_parameters"]["loss"]["class_path"], state["datamodule_hyper_parameters"]["env"]
+    except (KeyError, TypeError) as error:
+        raise SettingError(f"{path} has settings that qsm-fit does not write ({error}); choose another") from error
+    check_class(str(loss), str(path))
+    check_env(str(env), str(path))
 
 
 def import_class(import_path: str) -> Any:
