@@ -1,9 +1,10 @@
-"""What a checkpoint of the replay buffer costs: time and bytes by the frames that are new, not by the buffer's size.
+"""What a checkpoint costs: time and bytes by the frames that are new, not by the replay buffer's size.
 
 Usage: python -m benchmarks.checkpoint [--frames 10000 100000 1000000] [--folder FOLDER] [--json FILE]
 
-Buffers of several fills get the same number of new frames again and again. Each time the archive saves what is new, and
-beside it ``torch.save`` writes the whole content to one file; both are synced to disk. Then two processes of their own
+Buffers of several fills get the same number of new frames again and again. Each time a checkpoint is written as a run
+writes it (the frames that are new, a state, the manifest; then old ones are removed), and beside it ``torch.save``
+writes the buffer's whole content to one file; both are synced to disk. Then two processes of their own
 save the fullest buffer for the first time and load it again, and report the most memory they held. All buffers are in
 memory at once: the defaults need 8 GB of it and 8 GB of disk. Linux only: it reads /proc.
 """
@@ -33,13 +34,14 @@ import torchrl
 from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer
 
-from qsm_lightning import durable
+from qsm_lightning import checkpoints, durable
 from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, frame_bytes, make_replay_buffer
 
 FILL_FRAMES = 20_000  # random frames that are written again and again to fill a buffer
 MANY_FRAMES, MANY_REPEATS = 100_000, 2  # above this many frames the whole content is written so many times only
 GOAL = 1.2  # the most memory while saving or loading, in buffers
 MB = 1e6
+STATE = os.urandom(1_000_000)  # stands for networks, optimizers and the rest
 
 
 # Buffers.
@@ -79,8 +81,8 @@ class Row:
     """The measurements of one fill: milliseconds and bytes of every repeat."""
 
     fill: int  # before the first repeat; each adds frames, and the whole content is that of the first so many
-    archive_ms: list[float] = field(default_factory=list)
-    archive_bytes: list[int] = field(default_factory=list)
+    checkpoint_ms: list[float] = field(default_factory=list)
+    checkpoint_bytes: list[int] = field(default_factory=list)
     whole_ms: list[float] = field(default_factory=list)
     whole_bytes: list[int] = field(default_factory=list)
 
@@ -93,11 +95,22 @@ def milliseconds(work: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def measure_archive(row: Row, buffer: TensorDictReplayBuffer, archive: ReplayArchive) -> None:
-    """Save what is new; the bytes are those of the files that were not there before."""
-    before = set(archive.folder.iterdir())
-    row.archive_ms.append(milliseconds(lambda: archive.save(buffer)))
-    row.archive_bytes.append(sum(path.stat().st_size for path in set(archive.folder.iterdir()) - before))
+def write_checkpoint(buffer: TensorDictReplayBuffer, archive: ReplayArchive) -> None:
+    """All of it, as a run does; the newest two stay."""
+    folder = archive.folder.parent
+    chunks = archive.save(buffer)
+    with checkpoints.staging(folder) as stage:
+        (stage / checkpoints.STATE).write_bytes(STATE)
+        checkpoints.publish(stage, buffer.write_count, None, {chunk.file: chunk.record for chunk in chunks})
+    checkpoints.thin_out(folder, 2)
+
+
+def measure_checkpoint(row: Row, buffer: TensorDictReplayBuffer, archive: ReplayArchive) -> None:
+    """Write one; the bytes are those of the files that were not there before."""
+    before = set(archive.folder.parent.rglob("*"))
+    row.checkpoint_ms.append(milliseconds(lambda: write_checkpoint(buffer, archive)))
+    new = set(archive.folder.parent.rglob("*")) - before
+    row.checkpoint_bytes.append(sum(path.stat().st_size for path in new if path.is_file()))
 
 
 def measure_whole(row: Row, buffer: TensorDictReplayBuffer, path: Path) -> None:
@@ -121,14 +134,16 @@ def measure_times(options: argparse.Namespace, folder: Path) -> list[Row]:
     for fill in options.frames:
         rows.append(Row(fill))
         buffers.append(make_replay_buffer(max(options.frames)))
-        archives.append(ReplayArchive(folder / str(fill)))
-        add(buffers[-1], frames, fill)
-        archives[-1].save(buffers[-1])
+        archives.append(ReplayArchive(folder / str(fill) / checkpoints.REPLAY))
+        for first in range(0, fill, options.every):  # as many files as a run of that length has
+            add(buffers[-1], frames, min(options.every, fill - first))
+            archives[-1].save(buffers[-1])
+        write_checkpoint(buffers[-1], archives[-1])
     for repeat in range(options.repeats):
         order = list(zip(rows, buffers, archives, strict=True))
         for row, buffer, archive in order if repeat % 2 == 0 else reversed(order):
             add(buffer, frames, options.every)
-            measure_archive(row, buffer, archive)
+            measure_checkpoint(row, buffer, archive)
             if row.fill <= MANY_FRAMES or repeat < MANY_REPEATS:
                 measure_whole(row, buffer, folder / "whole.pt")
     return rows
@@ -235,15 +250,15 @@ def spread(values: list[float]) -> str:
 def table(rows: list[Row], new_bytes: int) -> str:
     """The measurements in markdown."""
     lines = [
-        "| fill | MB new | archive ms (median, min - max) | archive MB written "
-        "| torch.save ms (median, min - max) | torch.save MB written | torch.save ms / archive ms |",
+        "| fill | MB new | checkpoint ms (median, min - max) | checkpoint MB written "
+        "| torch.save ms (median, min - max) | torch.save MB written | torch.save ms / checkpoint ms |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        ratio = statistics.median(row.whole_ms) / statistics.median(row.archive_ms)
+        ratio = statistics.median(row.whole_ms) / statistics.median(row.checkpoint_ms)
         lines.append(
-            f"| {row.fill:,} | {new_bytes / MB:.1f} | {spread(row.archive_ms)} "
-            f"| {statistics.median(row.archive_bytes) / MB:.1f} | {spread(row.whole_ms)} "
+            f"| {row.fill:,} | {new_bytes / MB:.1f} | {spread(row.checkpoint_ms)} "
+            f"| {statistics.median(row.checkpoint_bytes) / MB:.1f} | {spread(row.whole_ms)} "
             f"| {statistics.median(row.whole_bytes) / MB:,.1f} | {ratio:,.1f} |"
         )
     return "\n".join(lines)
@@ -258,7 +273,8 @@ def report(results: dict[str, Any], rows: list[Row]) -> str:
         f"{where['memory_gib']} GiB, {where['file_system']}, load average {where['load_average']} beforehand; "
         f"Python {where['python']}, torch {where['torch']}, torchrl {where['torchrl']}",
         "",
-        f"{options['every']:,} new frames of {size:,} bytes before each of {options['repeats']} saves to the archive; "
+        f"{options['every']:,} new frames of {size:,} bytes before each of {options['repeats']} checkpoints, "
+        f"which hold {len(STATE) / MB:.0f} MB besides; "
         f"room for {max(options['frames']):,} frames in every buffer; the whole content of more than {MANY_FRAMES:,} "
         f"frames is written {min(MANY_REPEATS, options['repeats'])} times; 1 MB is 10^6 bytes",
         "",
