@@ -200,7 +200,6 @@ def test_failed_environments_are_built_anew(
     content = state(run_of(tmp_path))["OffPolicyDataModule"]
     progress = content["progress"]
     assert [progress["frames"], progress["updates"], progress["env_restarts"]] == [90, 50, 2]
-    assert content["ranks"][0]["frames"] == 90, "another warm-up"
     assert progress["episodes"] == sum(count // LENGTH for count in lives)
 
 

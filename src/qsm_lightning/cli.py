@@ -314,6 +314,8 @@ def _fit(args: list[str] | None) -> None:
         raise TrainingFault(f"{fault}; {where}") from fault
     except MisconfigurationException as error:
         raise SettingError(one_line(error)) from error
+    finally:
+        _ignore_ctrl_c()
     if trainer.is_global_zero:
         print(closing_words(trainer, writer))
         held.close()
@@ -367,10 +369,15 @@ def _and_now(checkpoint: Path | None) -> str:
 
 
 def _stop(prog: str, message: str, status: int) -> NoReturn:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends now, with this status
+    _ignore_ctrl_c()
     print(f"{prog}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _ignore_ctrl_c() -> None:
+    """The process ends now, with its status, however often Ctrl-C is pressed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _quiet() -> None:
