@@ -73,6 +73,12 @@ class Run:
         os.kill(self.process.pid, signum)
 
 
+def trained(folder: Path, *args: object) -> Path:
+    """Run ``qsm-fit`` to its end; returns the run's folder."""
+    fit(folder, *args)
+    return next(folder.glob("runs/*/version_0"))
+
+
 def fit(folder: Path, *args: object, status: int = 0) -> str:
     """Run ``qsm-fit`` to its end; returns what it printed."""
     run = Run(folder, *args)

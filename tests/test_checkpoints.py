@@ -22,7 +22,7 @@ from qsm_lightning.checkpoints import MANIFEST, REPLAY, STATE, Checkpoint, Damag
 from qsm_lightning.errors import SettingError
 from tests.compare import assert_same
 from tests.helpers import SHRINK
-from tests.processes import Run, fit
+from tests.processes import Run, fit, trained
 
 
 def chunk(first: int, rank: int = 0) -> str:
@@ -523,9 +523,7 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 60 frames with checkpoints at 15, 30, 45 and 60."""
-    folder = tmp_path_factory.mktemp("whole")
-    fit(folder, *SETTINGS)
-    return next(folder.glob("runs/*/version_0"))
+    return trained(tmp_path_factory.mktemp("whole"), *SETTINGS)
 
 
 @pytest.fixture

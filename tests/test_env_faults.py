@@ -13,6 +13,7 @@ from tests.compare import assert_same, curves, differences, last, rows, state
 from tests.faulty_envs import AGE, EPISODE, LENGTH, LIFE, LIVES, NAME, plan
 from tests.helpers import SHRINK
 from tests.processes import fit
+from tests.test_datamodule import train
 
 TINY = [
     *("--config=pendulum", *SHRINK, "--data.total_frames=90", "--data.eval_every_frames=30", f"--data.env={NAME}"),
@@ -201,6 +202,14 @@ def test_failed_environments_are_built_anew(
     progress = content["progress"]
     assert [progress["frames"], progress["updates"], progress["env_restarts"]] == [90, 50, 2]
     assert progress["episodes"] == sum(count // LENGTH for count in lives)
+
+
+def test_environments_built_anew_get_no_second_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan(tmp_path, "raise", 50)
+    _, data = train(tmp_path, NAME, env_restarts=1)
+    assert data.progress.env_restarts == 1
+    assert data.collector._frames == data.progress.frames
 
 
 def test_a_run_stops_when_no_restart_is_left(tmp_path: Path) -> None:

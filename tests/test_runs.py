@@ -22,7 +22,7 @@ from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM
 from tests.compare import curves, rows
 from tests.helpers import SHRINK
-from tests.processes import Run, fit
+from tests.processes import Run, fit, trained
 
 TINY = [
     *("--config=pendulum", *SHRINK, "--data.eval_selector=sample", "--data.eval_episodes=1"),
@@ -33,9 +33,7 @@ TINY = [
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 60 frames."""
-    folder = tmp_path_factory.mktemp("base")
-    fit(folder, *TINY)
-    return next(folder.glob("runs/*/version_0"))
+    return trained(tmp_path_factory.mktemp("base"), *TINY)
 
 
 @pytest.fixture

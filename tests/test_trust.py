@@ -22,7 +22,7 @@ import yaml
 from qsm_lightning import checkpoints, durable
 from qsm_lightning.checkpoints import MANIFEST, STATE, Checkpoint
 from tests.helpers import SHRINK, environment
-from tests.processes import Run, fit
+from tests.processes import Run, trained
 
 TINY = [
     *("--config=pendulum", *SHRINK, "--data.eval_selector=sample", "--data.eval_episodes=1", "--data.env=Pendulum-v1"),
@@ -132,9 +132,7 @@ class Shared:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 60 frames with one checkpoint."""
-    folder = tmp_path_factory.mktemp("base")
-    fit(folder, *TINY)
-    return next(folder.glob("runs/*/version_0"))
+    return trained(tmp_path_factory.mktemp("base"), *TINY)
 
 
 @pytest.fixture
