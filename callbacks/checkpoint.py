@@ -15,7 +15,7 @@ from typing_extensions import override
 from qsm_lightning import checkpoints
 from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import EnvironmentFault, Interrupted, require
-from qsm_lightning.runs import CHECKPOINTS, run_folder
+from qsm_lightning.runs import CHECKPOINTS
 
 RETRY_SECONDS = 60.0
 
@@ -44,7 +44,6 @@ class RunCheckpoint(Checkpoint):
         self.best_return: float | None = None
         self.saved_at_frames = 0
         self.last: checkpoints.Checkpoint | None = None
-        self.wanted = False
         self._training = False
         self._retry_at: float | None = None
 
@@ -67,8 +66,9 @@ class RunCheckpoint(Checkpoint):
         data = datamodule_of(trainer)
         new = data.progress.frames - self.saved_at_frames
         due = self.every_frames is not None and new >= self.every_frames and not data.evaluation_owed
-        retry = self._retry_at is not None and time.monotonic() >= self._retry_at
-        if due or retry or self.wanted:
+        if self._retry_at is not None and time.monotonic() >= self._retry_at:
+            data.save_wanted = True  # clocks differ: the ranks agree on it in the next batch
+        if due or data.save_agreed:
             self.save(trainer)
 
     @override
@@ -95,7 +95,8 @@ class RunCheckpoint(Checkpoint):
 
     def save(self, trainer: Trainer, eval_return: float | None = None) -> None:
         """Write a checkpoint, and remove those that are not kept; on a full disk, warn and try again later."""
-        self.wanted = False
+        data = datamodule_of(trainer)
+        data.save_wanted = data.save_agreed = False
         try:
             self._save(trainer, eval_return)
         except OSError as error:
@@ -107,16 +108,28 @@ class RunCheckpoint(Checkpoint):
         data = datamodule_of(trainer)
         folder = self._folder(trainer)
         replay = data.save_replay(folder / checkpoints.REPLAY)
-        with checkpoints.staging(folder, trainer.is_global_zero) as stage:
-            trainer.save_checkpoint(stage / checkpoints.STATE, weights_only=False)
-            if trainer.is_global_zero:
-                self._flush_curves(trainer)  # no curve ends before a checkpoint of its run
-                self.last = checkpoints.publish(stage, data.progress.frames, eval_return, replay)
-        self.saved_at_frames, self._retry_at = data.progress.frames, None
+        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # all ranks give theirs
+        failed: OSError | None = None
         if trainer.is_global_zero:
-            with contextlib.suppress(OSError):  # the next save tries again
-                checkpoints.thin_out(folder, self.keep_last)
-        trainer.strategy.barrier()  # before another rank writes files that no checkpoint lists yet
+            try:
+                self._publish(trainer, folder, state, eval_return, replay)
+            except OSError as error:
+                failed = error
+        # The others wait here: they learn how it went, and write no file that is not listed while old ones are removed.
+        why = data.ranks.gather(str(failed or ""))[0]
+        if why:
+            raise failed or OSError(why)
+        self.saved_at_frames, self._retry_at = data.progress.frames, None
+
+    def _publish(
+        self, trainer: Trainer, folder: Path, state: dict[str, Any], eval_return: float | None, replay: Any
+    ) -> None:
+        with checkpoints.staging(folder) as stage:
+            trainer.strategy.save_checkpoint(state, stage / checkpoints.STATE)
+            self._flush_curves(trainer)  # no curve ends before a checkpoint of its run
+            self.last = checkpoints.publish(stage, datamodule_of(trainer).progress.frames, eval_return, replay)
+        with contextlib.suppress(OSError):  # the next save tries again
+            checkpoints.thin_out(folder, self.keep_last)
 
     def _flush_curves(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
@@ -128,8 +141,7 @@ class RunCheckpoint(Checkpoint):
         """A resumed run goes on in the folder of the checkpoint it came from."""
         if trainer.ckpt_path:
             return Path(trainer.ckpt_path).parent.parent
-        folder = run_folder(trainer) / CHECKPOINTS
-        return Path(trainer.strategy.broadcast(str(folder))) if trainer.world_size > 1 else folder
+        return datamodule_of(trainer).run / CHECKPOINTS
 
     @override
     def state_dict(self) -> dict[str, Any]:

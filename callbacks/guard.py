@@ -15,16 +15,18 @@ from qsm_lightning.errors import TrainingFault
 class StopOnNonFinite(Callback):
     """Raise :class:`~qsm_lightning.errors.TrainingFault` when a loss or metric of the last update is NaN or infinite.
 
-    Checked after each training batch, so that no evaluation and no checkpoint of a diverged run follows.
+    Checked on all ranks after each training batch, so that no evaluation and no checkpoint of a diverged run follows.
     """
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        data = datamodule_of(trainer)
         metrics: dict[str, torch.Tensor] = pl_module.metrics  # type: ignore[assignment]
         if not metrics or torch.stack(list(metrics.values())).isfinite().all():
+            data.agree()
             return
         name = next(key for key, value in metrics.items() if not value.isfinite())
-        frames = datamodule_of(trainer).progress.frames
-        raise TrainingFault(f"training diverged: {name} is {metrics[name].item()} at frame {frames}")
+        frames = data.progress.frames
+        data.agree(TrainingFault(f"training diverged: {name} is {metrics[name].item()} at frame {frames}"))

@@ -11,7 +11,6 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from qsm_lightning.callbacks.checkpoint import RunCheckpoint
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.errors import Interrupted
 
@@ -20,13 +19,13 @@ class StopOnSignal(Callback):
     """SIGINT and SIGTERM stop the run after the update, evaluation step or chunk of frames under way.
 
     :class:`~qsm_lightning.errors.Interrupted` is raised there, and :class:`~qsm_lightning.callbacks.RunCheckpoint`
-    writes the run's state, from which it goes on exactly. A second SIGINT stops at once, without a checkpoint. SIGUSR1
+    writes the run's state, from which it goes on exactly. With several ranks a signal to one of them is enough: they
+    agree on where to stop. A second SIGINT stops at once, without a checkpoint. SIGUSR1
     writes a checkpoint after the batch under way. Outside the main thread signals are left alone.
     """
 
     def __init__(self) -> None:
         self._data: OffPolicyDataModule | None = None
-        self._writer: RunCheckpoint | None = None
         self._before: dict[int, Any] = {}
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
@@ -35,16 +34,16 @@ class StopOnSignal(Callback):
             raise Interrupted(signum, at_once=True)
         self._data.stop_signal = signum
         again = "; Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
-        print(f"\nstopping with a checkpoint{again}", file=sys.stderr)
+        if self._data.ranks.rank == 0:
+            print(f"\nstopping with a checkpoint{again}", file=sys.stderr)
 
     def _save(self, signum: int, frame: FrameType | None) -> None:
-        if self._writer is not None:
-            self._writer.wanted = True
+        assert self._data is not None
+        self._data.save_wanted = True
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._data = datamodule_of(trainer)
-        self._writer = next((cb for cb in trainer.checkpoint_callbacks if isinstance(cb, RunCheckpoint)), None)
         if stage == "fit":
             self._install()
 

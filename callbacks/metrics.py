@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from qsm_lightning.collect import RecentExperience
 from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import require
 
 
 class TrainingMetrics(Callback):
     """Log training return and length, losses and update metrics, learning rates, speed and buffer size.
+
+    Over all ranks: experience is put together, losses and update metrics are the mean of the ranks' own.
 
     Values go straight to the loggers: between two writes nothing is copied off the device, and Lightning's own
     per-metric bookkeeping is not paid for.
@@ -44,15 +48,24 @@ class TrainingMetrics(Callback):
             return
         recent = data.take_recent() if due else data.recent  # if this run goes on one day, its next row is as ever
         seconds = max(time.perf_counter() - self._time, 1e-9)
+        ranks: list[dict[str, Any]] = data.ranks.gather(
+            {
+                "recent": asdict(recent),
+                "buffer_size": len(data.buffer),
+                "episodes": data.progress.episodes,
+                "losses": {key: value.item() for key, value in pl_module.metrics.items()},  # type: ignore[operator, union-attr]
+            }
+        )
+        recent = RecentExperience.of_all(RecentExperience(**rank["recent"]) for rank in ranks)
         metrics: dict[str, Any] = {f"train/{k}": v for k, v in recent.metrics().items()}
         metrics |= {
-            "train/buffer_size": len(data.buffer),
-            "train/episodes": data.progress.episodes,
+            "train/buffer_size": sum(rank["buffer_size"] for rank in ranks),
+            "train/episodes": sum(rank["episodes"] for rank in ranks),
             "train/updates": data.progress.updates,
             "speed/frames_per_s": (frames - self._start_frames) / seconds,
             "speed/updates_per_s": (data.progress.updates - self._start_updates) / seconds,
         }
-        metrics |= {key: value.item() for key, value in pl_module.metrics.items()}  # type: ignore[operator, union-attr]
+        metrics |= {key: sum(rank["losses"][key] for rank in ranks) / len(ranks) for key in ranks[0]["losses"]}
         for term, optimizer in zip(pl_module.loss.terms, trainer.optimizers, strict=True):  # type: ignore[union-attr, arg-type]
             metrics[f"lr/{term}"] = optimizer.param_groups[0]["lr"]
         for logger in trainer.loggers:

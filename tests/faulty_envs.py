@@ -23,12 +23,20 @@ AGE, EPISODE, LIFE, NOISE = range(4)  # columns of the observation
 LIVES = "lives"  # a file with a line for each environment ever made: its process
 EVALUATION_SEED = derive_seed(0, 0, Purpose.EVAL_ENV)  # of the evaluation's first environment, in a run with seed 0
 
-Fault = Literal["raise", "NaN", "inf", "shape", "hang", "kill"]
+Fault = Literal["raise", "NaN", "inf", "shape", "hang", "spin", "kill"]
 At = Literal["step", "reset"]
 Where = Literal["training", "evaluation", "video"]
 
 
-def plan(folder: Path, fault: Fault, age: int, times: int = 1, at: At = "step", where: Where = "training") -> None:
+def plan(
+    folder: Path,
+    fault: Fault,
+    age: int,
+    times: int = 1,
+    at: At = "step",
+    where: Where = "training",
+    rank: int | str = "any",
+) -> None:
     """Order a fault in a run that works in ``folder``.
 
     Args:
@@ -38,9 +46,10 @@ def plan(folder: Path, fault: Fault, age: int, times: int = 1, at: At = "step", 
         times: how many environments it happens to, one after the other.
         at: whether a step or a reset fails.
         where: what the environment is used for.
+        rank: the rank to which it happens, of a run of several processes.
     """
     for i in range(times):
-        (folder / f"{where}.{at}.{age}.{fault}.{i}").touch()
+        (folder / f"{where}.{at}.{age}.{fault}.{rank}.{i}").touch()
 
 
 class Faulty(gym.Env):
@@ -64,6 +73,8 @@ class Faulty(gym.Env):
     def _fault(self, at: str) -> str | None:
         """The fault ordered for this moment, as far as it does not happen here."""
         for order in sorted(Path().glob(f"{self.where}.{at}.{self.age}.*")):
+            if order.name.split(".")[4] not in ("any", os.environ.get("RANK")):
+                continue
             try:
                 order.unlink()
             except FileNotFoundError:  # an environment in another process took it
@@ -73,6 +84,8 @@ class Faulty(gym.Env):
                 raise ValueError("the robot\nfell over")
             if fault == "hang":
                 time.sleep(600)
+            while fault == "spin":
+                pass
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             return fault

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,8 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def _main(name: str, args: list[str], folder: Path, log: Path) -> None:
+def _main(name: str, args: list[str], folder: Path, log: Path, env: dict[str, str]) -> None:
+    os.environ.update(env)
     os.chdir(folder)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
@@ -33,6 +35,10 @@ def _main(name: str, args: list[str], folder: Path, log: Path) -> None:
 
     from qsm_lightning import cli
 
+    if env:  # ranks are known by what was set before the first import
+        from pytorch_lightning.utilities import rank_zero_only
+
+        rank_zero_only.rank = int(env["RANK"])  # type: ignore[attr-defined]
     torch.set_num_threads(1)
     {"qsm-fit": cli.fit, "qsm-eval": cli.evaluate}[name]()
 
@@ -40,10 +46,11 @@ def _main(name: str, args: list[str], folder: Path, log: Path) -> None:
 class Run:
     """A running ``qsm-fit`` in ``folder``; what it prints is in :attr:`text`."""
 
-    def __init__(self, folder: Path, *args: object, name: str = "qsm-fit") -> None:
+    def __init__(self, folder: Path, *args: object, name: str = "qsm-fit", env: dict[str, str] | None = None) -> None:
         self.log = folder / f"log-{time.monotonic_ns()}.txt"
         self.log.touch()
-        self.process = CONTEXT.Process(target=_main, args=(name, [str(arg) for arg in args], folder, self.log))
+        words = [str(arg) for arg in args]
+        self.process = CONTEXT.Process(target=_main, args=(name, words, folder, self.log, env or {}))
         self.process.start()
 
     @property
@@ -71,6 +78,50 @@ class Run:
     def signal(self, signum: int) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, signum)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class RankedRun:
+    """A running ``qsm-fit`` of several processes, as torchrun starts them; all of it is gone after :meth:`wait`."""
+
+    def __init__(self, folder: Path, count: int, *args: object, **env: str) -> None:
+        world = {
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "test"},
+            **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
+            **env,
+        }
+        self.ranks = [
+            Run(folder, "--trainer.accelerator=cpu", *args, env=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(count)
+        ]
+
+    @property
+    def text(self) -> str:
+        return "".join(rank.text for rank in self.ranks)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """The exit status of each."""
+        end = time.monotonic() + timeout
+        try:
+            return [rank.wait(max(0.1, end - time.monotonic())) for rank in self.ranks]
+        except AssertionError as error:
+            raise AssertionError(self.text) from error
+        finally:
+            for rank in self.ranks:
+                rank.process.kill()
+
+
+def fit_ranks(folder: Path, count: int, *args: object, status: int = 0) -> str:
+    """Run ``qsm-fit`` with several processes to its end; returns what they printed."""
+    run = RankedRun(folder, count, *args)
+    assert run.wait() == [status] * count, run.text
+    return run.text
 
 
 def trained(folder: Path, *args: object) -> Path:

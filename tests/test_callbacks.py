@@ -20,6 +20,7 @@ from qsm_lightning.callbacks.policy_picture import draw_policy
 from qsm_lightning.checkpoints import complete
 from qsm_lightning.collect import Progress, RecentExperience
 from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.distributed import Ranks
 from qsm_lightning.envs import make_render_env
 from qsm_lightning.errors import Interrupted, SettingError, TrainingFault
 from qsm_lightning.losses import QSM
@@ -34,6 +35,8 @@ def stand_in(frames: int = 0, **settings: Any) -> Mock:
     data = Mock(spec=OffPolicyDataModule)
     data.progress = Progress(frames)
     data.total_frames = 10_000
+    data.ranks, data.stop_signal, data.save_wanted, data.save_agreed = Ranks(), None, False, False
+    data.agree.side_effect = partial(OffPolicyDataModule.agree, data)
     data.configure_mock(**settings)
     return Mock(datamodule=data, loggers=[Mock()], is_global_zero=True, sanity_checking=False, fast_dev_run=False)
 
@@ -50,12 +53,11 @@ def test_a_diverged_loss_stops_with_its_name_and_frame() -> None:
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_noted_and_handlers_come_back(signum: signal.Signals) -> None:
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    callback, writer, trainer = cb.StopOnSignal(), cb.RunCheckpoint(), stand_in(7, stop_signal=None)
-    trainer.checkpoint_callbacks = [writer]
+    callback, trainer = cb.StopOnSignal(), stand_in(7)
     callback.setup(trainer, Mock(), "fit")
     callback.on_train_start(trainer, Mock())
     signal.raise_signal(signal.SIGUSR1)
-    assert writer.wanted
+    assert trainer.datamodule.save_wanted
     assert trainer.datamodule.stop_signal is None
     signal.raise_signal(signum)
     assert trainer.datamodule.stop_signal == signum
@@ -72,10 +74,12 @@ class Writing:
 
     def __init__(self, folder: Path, frames: int = 0) -> None:
         self.trainer = stand_in(frames, evaluation_owed=False)
-        self.trainer.loggers = [SimpleNamespace(log_dir=str(folder))]
-        self.trainer.ckpt_path, self.trainer.world_size = None, 1
+        self.trainer.loggers = []
+        self.trainer.ckpt_path = None
+        self.trainer.datamodule.run = folder
         self.trainer.datamodule.save_replay.return_value = {}
-        self.trainer.save_checkpoint.side_effect = lambda path, weights_only: path.write_text("state")
+        self.write = self.trainer.strategy.save_checkpoint
+        self.write.side_effect = lambda state, path: path.write_text("state")
         self.folder = folder / "checkpoints"
 
     def evaluate(self, writer: cb.RunCheckpoint, score: float) -> list[str]:
@@ -102,9 +106,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert writer.best_return == -1
     assert writer.best is not None
     assert writer.best.order == (40, 0)
-    calls = run.trainer.save_checkpoint.call_count
+    calls = run.write.call_count
     writer.on_train_end(run.trainer, Mock())
-    assert run.trainer.save_checkpoint.call_count == calls, "nothing new to save"
+    assert run.write.call_count == calls, "nothing new to save"
 
 
 def test_checkpoints_between_evaluations(tmp_path: Path) -> None:
@@ -125,17 +129,24 @@ def test_a_full_disk_costs_a_warning_and_another_attempt(tmp_path: Path, monkeyp
     writer, run = cb.RunCheckpoint(), Writing(tmp_path)
     writer.on_train_start(run.trainer, Mock())
     run.evaluate(writer, -1)
-    good = run.trainer.save_checkpoint.side_effect
-    run.trainer.save_checkpoint.side_effect = OSError(errno.ENOSPC, "No space left on device")
+    good = run.write.side_effect
+    run.write.side_effect = OSError(errno.ENOSPC, "No space left on device")
     with pytest.warns(UserWarning, match="No space left on device.*the last one is .*000000010.*trying again"):
         assert run.evaluate(writer, -2) == ["10"]
     assert not list(run.folder.glob(".staging*"))
-    run.trainer.save_checkpoint.side_effect = good
+    run.write.side_effect = good
+
+    def batch_ends() -> None:
+        writer.on_train_batch_end(run.trainer, Mock(), None, None, 0)
+        run.trainer.datamodule.agree()
+
     clock.now = 59.0
-    writer.on_train_batch_end(run.trainer, Mock(), None, None, 0)
+    batch_ends()
+    batch_ends()
     assert len(complete(run.folder)) == 1
     clock.now = 60.0
-    writer.on_train_batch_end(run.trainer, Mock(), None, None, 0)
+    batch_ends()
+    batch_ends()
     assert [checkpoint.order[0] for checkpoint in complete(run.folder)] == [10, 20]
 
 

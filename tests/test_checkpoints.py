@@ -73,15 +73,6 @@ def test_what_is_published_is_complete_and_says_what_it_is(tmp_path: Path) -> No
     assert {"python", "torch", "qsm-lightning"} <= manifest["versions"].keys()
 
 
-def test_a_rank_that_is_not_the_first_makes_and_removes_nothing(tmp_path: Path) -> None:
-    with checkpoints.staging(tmp_path / "run", first_rank=False) as stage:
-        assert not stage.exists()
-    assert names(tmp_path) == []
-    with checkpoints.staging(tmp_path) as stage, checkpoints.staging(tmp_path, first_rank=False) as same:
-        assert same == stage
-    assert names(tmp_path) == []
-
-
 def test_an_exception_while_staging_leaves_nothing(tmp_path: Path) -> None:
     def save() -> None:
         with checkpoints.staging(tmp_path) as stage:

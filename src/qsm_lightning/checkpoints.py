@@ -168,15 +168,9 @@ def newest_good(folder: Path, up_to: Checkpoint | None = None) -> tuple[Checkpoi
 
 
 @contextlib.contextmanager
-def staging(folder: Path, first_rank: bool = True) -> Iterator[Path]:
-    """A hidden folder inside ``folder`` to write a checkpoint in; it is gone afterwards unless published.
-
-    The first rank makes and removes it, and is the only one to write there.
-    """
+def staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder inside ``folder`` to write a checkpoint in; it is gone afterwards unless published."""
     stage = folder / ".staging"
-    if not first_rank:
-        yield stage
-        return
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(stage, ignore_errors=True)  # of a process that was killed
     stage.mkdir()

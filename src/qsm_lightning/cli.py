@@ -23,7 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from qsm_lightning import callbacks as cb
-from qsm_lightning import checkpoints, durable, resources, resume, runs, trust
+from qsm_lightning import checkpoints, durable, launching, resources, resume, runs, trust
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, require
@@ -164,9 +164,7 @@ class FitCLI(LightningCLI):
         if settings["logger"] in (None, True):
             name = self.config["name"] or run_name(self.config["data"]["env"])
             kwargs["logger"] = run_loggers(self.checkpoint.run if self.checkpoint else None, self._root, name)
-        if settings["strategy"] == "auto" and several_devices(settings):
-            # each update's two backward passes use only a part of the module
-            kwargs["strategy"] = "ddp_find_unused_parameters_true"
+        kwargs |= launching.trainer_settings(settings)
         own: list[Callback] = [cb.StopOnNonFinite(), cb.StopOnSignal()]
         if settings["enable_progress_bar"] is not False:
             own.append(cb.FrameProgress())
@@ -175,14 +173,6 @@ class FitCLI(LightningCLI):
         if settings["enable_checkpointing"] is False:
             del self.parser.callback_keys[self.parser.callback_keys.index("checkpoint")]
         return super().instantiate_trainer(**kwargs)
-
-
-def several_devices(settings: Any) -> bool:
-    """Whether the trainer's settings ask for more than one process."""
-    if settings["devices"] == "auto":
-        gpus = torch.cuda.device_count() if settings["accelerator"] in ("auto", "gpu", "cuda") else 0
-        return gpus > 1 or settings["num_nodes"] > 1
-    return settings["devices"] not in (1, "1") or settings["num_nodes"] > 1
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -278,8 +268,10 @@ def _cli(args: list[str], run: Path | None) -> FitCLI:
 
 
 def _fit(args: list[str] | None) -> None:
+    launching.end_with_parent()
     cli = _build(args)
     trainer, checkpoint = cli.trainer, cli.checkpoint
+    cli.datamodule.check_ranks(trainer.world_size)
     run = checkpoint.run if checkpoint else runs.run_folder(trainer)
     progress = None
     if checkpoint is not None:
@@ -294,7 +286,7 @@ def _fit(args: list[str] | None) -> None:
             log.warning("%s was made with %s: what follows may differ in the last bits", checkpoint.path, other)
         del state
     writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), None)
-    size = resources.report(cli.datamodule, run, saved=writer is not None)
+    size = resources.report(cli.datamodule, run, saved=writer is not None) if trainer.local_rank == 0 else ""
     if trainer.is_global_zero:
         held = cli.held or runs.lock(run)
         if checkpoint is not None and progress is not None:
@@ -352,20 +344,13 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
     except SettingError as error:
         _stop(prog, str(error), 2)
     except EnvironmentFault as error:
-        _stop(prog, f"{error}{_and_now(error.checkpoint) if prog == 'qsm-fit' else ''}", 3)
+        _stop(prog, f"{error}{runs.and_now(error.checkpoint) if prog == 'qsm-fit' else ''}", 3)
     except TrainingFault as error:
         _stop(prog, str(error), 3)
     except Interrupted as stop:
-        _stop(prog, f"{stop}{_and_now(stop.checkpoint)}", 128 + stop.signum)
+        _stop(prog, f"{stop}{runs.and_now(stop.checkpoint)}", 128 + stop.signum)
     except KeyboardInterrupt:
         _stop(prog, "interrupted; nothing was saved since the last checkpoint", 130)
-
-
-def _and_now(checkpoint: Path | None) -> str:
-    """Where the run's state is and how to go on with it."""
-    if checkpoint is None:
-        return "; nothing was saved"
-    return f"; the run's last state is in {checkpoint}\nresume with: {runs.resume_command(checkpoint)}"
 
 
 def _stop(prog: str, message: str, status: int) -> NoReturn:
@@ -382,13 +367,20 @@ def _ignore_ctrl_c() -> None:
 
 def _quiet() -> None:
     """Leave out what Lightning and TorchRL say about things this package decided on purpose."""
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed", "torchrl"):
+    for name in (
+        "pytorch_lightning.utilities.rank_zero",
+        "lightning_fabric.utilities.distributed",
+        "lightning_fabric.utilities.seed",
+        "torchrl",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
         ".*directory .* exists and is not empty.*",
         ".*LeafSpec.*",
         ".*precision lowered by casting.*",
+        ".*`broadcast_buffers` is deprecated.*",
+        ".*sync_dist=True.*",
         ".*args parameter is intended to run from within Python.*",
     ):
         warnings.filterwarnings("ignore", message=text)

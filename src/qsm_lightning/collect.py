@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -84,6 +85,17 @@ class RecentExperience:
         self.returns += following["episode_reward"].view(-1)[done].tolist()
         self.lengths += following["step_count"].view(-1)[done].tolist()
         return int(done.sum())
+
+    @classmethod
+    def of_all(cls, parts: Iterable[RecentExperience]) -> RecentExperience:
+        """What happened on several ranks together."""
+        whole = cls()
+        for part in parts:
+            whole.returns += part.returns
+            whole.lengths += part.lengths
+            whole.frames += part.frames
+            whole.at_bounds += part.at_bounds
+        return whole
 
     def metrics(self) -> dict[str, float]:
         """Means; return and length only when an episode ended."""

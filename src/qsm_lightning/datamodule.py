@@ -15,11 +15,13 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
 from tensordict import TensorDict, TensorDictBase
+from torchrl._utils import seed_generator
 from torchrl.envs import EnvBase
 
-from qsm_lightning import durable
+from qsm_lightning import durable, launching, runs, sharding
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.collect import Progress, RecentExperience, make_collector
+from qsm_lightning.distributed import Ranks
 from qsm_lightning.env_state import NoStateError, env_states, load_env_states
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import EnvironmentFault, Interrupted, TrainingFault, require, require_positive
@@ -27,12 +29,13 @@ from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.plain import generators_state, load_generators_state
 from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, Storage, make_replay_buffer
-from qsm_lightning.runs import mapped_folder, run_folder
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
+from qsm_lightning.watch import Watch, beat
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+AGREE_EVERY = 16  # updates after which ranks agree again whether to stop, within a batch of many
 SELECTORS = ("sample", "best_of_n")
 
 
@@ -63,16 +66,21 @@ class OffPolicyDataModule(LightningDataModule):
 
     Each training batch is a TensorDict [u, batch_size]: the u updates that a chunk of new frames is worth. Frames are
     the clock: an epoch is one evaluation period, and training stops at the first chunk that reaches ``total_frames``.
-    With several ranks, all frame counts are over all ranks; each rank has environments and a buffer of its own.
+
+    With several processes (ranks) each has environments, random streams and a buffer of its own. Frames, updates and
+    sizes count over all of them, so that a configuration means the same on any number; ``num_envs`` and
+    ``frames_per_batch`` alone are each rank's. All ranks do the same at the same time: whether to stop, to save or to
+    give up is agreed on where none of them can be ahead (:meth:`agree`).
 
     Args:
         env: a gymnasium id (Hopper-v5), dmc:domain/task, or envpool:id.
         num_envs: copies of the environment on each rank, stepped together.
-        frames_per_batch: frames collected between rounds of updates, a multiple of num_envs; num_envs by default.
+        frames_per_batch: frames that each rank collects between rounds of updates, a multiple of num_envs; num_envs
+            by default.
         total_frames: frames to train for.
         init_random_frames: frames of uniform random actions before the first update, at least batch_size.
-        batch_size: frames per gradient update, on each rank.
-        buffer_size: capacity of the replay buffer in frames.
+        batch_size: frames per gradient update, over all ranks: each samples an equal part.
+        buffer_size: capacity of the replay buffer in frames, over all ranks.
         storage: where the buffer lives: memory, or memmap (files mapped into memory).
         storage_dir: folder in which memmap makes its own, removed at the end; the run's folder by default.
         save_buffer: save the replay buffer with every checkpoint; without it a resumed run has to refill the buffer.
@@ -84,8 +92,9 @@ class OffPolicyDataModule(LightningDataModule):
         eval_candidates: n of best_of_n.
         env_processes: give each environment a process of its own.
         env_timeout: seconds after which an environment in a process of its own counts as hanging.
-        env_restarts: how often failed environments are built anew, dropping the episodes under way, before the run
-            stops.
+        env_restarts: how often failed environments are built anew on each rank, dropping the episodes under way,
+            before the run stops.
+        rank_timeout: seconds after which several ranks of which none gets on count as hanging, and the run ends.
 
     Raises:
         SettingError: for a value out of range or an environment that cannot be used.
@@ -111,6 +120,7 @@ class OffPolicyDataModule(LightningDataModule):
         env_processes: bool = False,
         env_timeout: float = 60.0,
         env_restarts: int = 0,
+        rank_timeout: float = 45.0,
     ) -> None:
         super().__init__()
         settings = {
@@ -123,6 +133,7 @@ class OffPolicyDataModule(LightningDataModule):
             "eval_episodes": eval_episodes,
             "eval_candidates": eval_candidates,
             "env_timeout": env_timeout,
+            "rank_timeout": rank_timeout,
         }
         require_positive(**{f"data__{name}": value for name, value in settings.items()})
         self.frames_per_batch = frames_per_batch or num_envs
@@ -163,13 +174,20 @@ class OffPolicyDataModule(LightningDataModule):
         self.eval_selectors = SELECTORS if eval_selector == "both" else (eval_selector,)
         self.eval_candidates = eval_candidates
         self.env_restarts = env_restarts
+        self.rank_timeout = max(rank_timeout, env_timeout + 10 if env_processes else 0)  # an environment's comes first
         self._make_env = partial(make_env, env, processes=env_processes, timeout=env_timeout)
         self.env = self._make_env(num_envs)
         self.observation_dim = self.env.observation_spec["observation"].shape[-1]
         self.action_dim = self.env.action_spec.shape[-1]
         self.progress = Progress()
         self.recent = RecentExperience()
+        self.ranks = Ranks()
         self.stop_signal: int | None = None
+        self.save_wanted = False
+        self.save_agreed = False
+        self._stop_agreed = 0
+        self._checks = 0
+        self._watch: Watch | None = None
         self._eval_env: EnvBase | None = None
         self._mapped: Path | None = None
         self._chunks: Iterator[TensorDictBase] | None = None
@@ -186,16 +204,29 @@ class OffPolicyDataModule(LightningDataModule):
         assert self.trainer is not None
         if stage != "fit":
             return
+        self.check_ranks(self.trainer.world_size)
+        self.ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
+        self.run = runs.agreed_folder(self.trainer, self.ranks)
+        if self.ranks.count > 1:
+            launched = launching.take_over_children(self.trainer)
+            self._watch = Watch(self.ranks, self.rank_timeout, launched, lambda: runs.and_now_of(self.run))
         # An epoch lasts until the next evaluation, wherever between two a run goes on: its length is asked for anew.
         self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-        self._rank, self._ranks = self.trainer.global_rank, self.trainer.world_size
         if self.storage == "memmap":
             self._mapped = self._empty_folder()
-        self.buffer = make_replay_buffer(
-            math.ceil(self.buffer_size / self._ranks),
-            str(self._mapped) if self._mapped else None,
-            self._seed(Purpose.SAMPLER),
+        self._make_buffer(math.ceil(self.buffer_size / self.ranks.count))
+
+    def check_ranks(self, count: int) -> None:
+        """Raise :class:`SettingError` unless ``count`` processes can share the settings."""
+        require(
+            self.batch_size % count == 0,
+            f"data.batch_size is {self.batch_size}: it counts over all {count} processes, which sample equal parts; "
+            f"give a multiple of {count}, such as {math.ceil(self.batch_size / count) * count}",
         )
+
+    def _make_buffer(self, capacity: int) -> None:
+        folder = str(self._mapped) if self._mapped else None
+        self.buffer = make_replay_buffer(capacity, folder, self._seed(Purpose.SAMPLER))
 
     def start(self) -> None:
         """Begin to collect, with the random streams of a new run or the saved ones: the last thing before training."""
@@ -218,7 +249,7 @@ class OffPolicyDataModule(LightningDataModule):
     def _seed(self, purpose: Purpose) -> int:
         progress = self.progress
         later = (progress.frames, progress.env_restarts) if progress.frames or progress.env_restarts else ()
-        return derive_seed(global_seed(), self._rank, purpose, *later)
+        return derive_seed(global_seed(), self.ranks.rank, purpose, *later)
 
     @property
     def started(self) -> bool:
@@ -234,15 +265,14 @@ class OffPolicyDataModule(LightningDataModule):
             self.env,
             self._loss.exploration_policy(),
             self.frames_per_batch,
-            math.ceil(self.init_random_frames / self._ranks),
+            math.ceil(self.init_random_frames / self.ranks.count),
         )
-        self.collector._frames = self.progress.frames // self._ranks
+        self.collector._frames = self.progress.frames // self.ranks.count
         self._chunks, self._env_new = iter(self.collector), False
 
     def _empty_folder(self) -> Path:
         """A folder for the mapped files, the same for every process that goes on with the run."""
-        assert self.trainer is not None
-        folder = mapped_folder(run_folder(self.trainer), self.storage_dir, self._rank)
+        folder = runs.mapped_folder(self.run, self.storage_dir, self.ranks.rank)
         shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
         folder.mkdir(parents=True)
         return folder
@@ -269,18 +299,20 @@ class OffPolicyDataModule(LightningDataModule):
     @property
     def batches(self) -> int:
         """Batches collected so far."""
-        return self.progress.frames // (self.frames_per_batch * self._ranks)
+        return self.progress.frames // (self.frames_per_batch * self.ranks.count)
 
     @property
     def _period(self) -> int:
         """Batches of an evaluation period."""
-        return math.ceil(self.eval_every_frames / (self.frames_per_batch * self._ranks))
+        return math.ceil(self.eval_every_frames / (self.frames_per_batch * self.ranks.count))
 
     @property
     def evaluation_owed(self) -> bool:
         """Whether an evaluation belongs at the present frame and has not been done."""
-        due = self.batches % self._period == 0 or self.progress.frames >= self.total_frames
-        return due and self.progress.evaluated < self.progress.frames
+        period = self._period * self.frames_per_batch * self.ranks.count
+        due = self.batches % self._period == 0 and self.progress.evaluated // period < self.progress.frames // period
+        ends = self.progress.frames >= self.total_frames
+        return (due or ends) and self.progress.evaluated < self.progress.frames
 
     @property
     def epochs(self) -> int:
@@ -301,48 +333,109 @@ class OffPolicyDataModule(LightningDataModule):
         return batch
 
     def _collect(self) -> TensorDictBase:
-        chunk = self.surviving(self._next_chunk, self._rebuild_env)
+        chunk = self.together(lambda: self.surviving(self._next_chunk, self._rebuild_env))
+        self._env_broken = False
         chunk = (chunk.transpose(0, 1) if chunk.ndim == 2 else chunk).reshape(-1)  # in the order of time
-        self.progress.frames += chunk.numel() * self._ranks
+        self.progress.frames += chunk.numel() * self.ranks.count
         self.progress.episodes += self.recent.add(chunk)
         self.buffer.extend(chunk.select(*FRAME_KEYS))
-        updates = self.progress.updates_owed(self.utd, self.init_random_frames)
+        updates, mine = self.progress.updates_owed(self.utd, self.init_random_frames), self._rank_batch
         self.progress.updates += updates
         if updates == 0:
-            return TensorDict(batch_size=[0, self.batch_size])
-        return self.buffer.sample(updates * self.batch_size).select(*FRAME_KEYS).reshape(updates, self.batch_size)
+            return TensorDict(batch_size=[0, mine])
+        return self.buffer.sample(updates * mine).select(*FRAME_KEYS).reshape(updates, mine)
+
+    @property
+    def _rank_batch(self) -> int:
+        return self.batch_size // self.ranks.count
 
     def _next_chunk(self) -> TensorDictBase:
         assert self._chunks is not None
-        self._env_broken = True  # if this ends early, the environments are somewhere within a chunk
+        self._env_broken = True  # until the chunk is stored, the environments are ahead of what a checkpoint holds
         if self._env_new:
             self._start_env()
-        chunk = next(self._chunks)
-        self._env_broken = False
-        return chunk
+        return next(self._chunks)
 
     def evaluate(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Evaluated episodes of each selector: {selector: {return: [E], length: [E]}}."""
-        env_seed, noise_seed = (derive_seed(global_seed(), 0, p) for p in (Purpose.EVAL_ENV, Purpose.EVAL_NOISE))
+        """Evaluated episodes of each selector: {selector: {return: [E], length: [E]}}.
+
+        Each rank runs its part of them and gets all of them. Their starts do not depend on the number of ranks.
+        """
+        mine = self.ranks.part(self.eval_episodes)
+        env_seed = derive_seed(global_seed(), 0, Purpose.EVAL_ENV)
+        for _ in range(mine.start):
+            env_seed = seed_generator(env_seed)  # as a batch of environments seeds one after the other
+        noise_seed = derive_seed(global_seed(), self.ranks.rank, Purpose.EVAL_NOISE)
 
         def episodes(selector: str) -> dict[str, torch.Tensor]:
+            if not mine:
+                return {"return": torch.empty(0), "length": torch.empty(0)}
             if self._eval_env is None:
-                self._eval_env = self._build(self.eval_episodes)
+                self._eval_env = self._build(len(mine))
             policy = self._loss.evaluation_policy(selector, self.eval_candidates)
-            return run_episodes(self._eval_env, policy, env_seed, noise_seed, self.check_stop)
+            return run_episodes(self._eval_env, policy, env_seed, noise_seed, self._leave)
 
-        evaluated = {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
+        def selectors() -> dict[str, dict[str, torch.Tensor]]:
+            return {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
+
+        evaluated = self.together(selectors)
+        self.check_stop()
+        parts = self.ranks.gather(evaluated)
         self.progress.evaluated = self.progress.frames
-        return evaluated
+        return {s: {k: torch.cat([part[s][k] for part in parts]) for k in parts[0][s]} for s in self.eval_selectors}
 
-    def check_stop(self, rest: TensorDictBase | None = None) -> None:
-        """Where training may be left at once and gone on with later, raise :class:`Interrupted` if a signal asked to.
+    # Stopping, on all ranks at the same point.
+
+    def agree(self, stop: TrainingFault | Interrupted | None = None) -> None:
+        """Exchange whether any rank was asked to stop or to save. All ranks must be at the same point.
 
         Args:
-            rest: updates of the batch under way that are still to do, [u, batch_size].
+            stop: what keeps this rank from going on.
+
+        Raises:
+            TrainingFault: when any rank has one to give.
+            Interrupted: when any rank left what all have to do, because of a signal.
         """
-        if self.stop_signal is not None:
+        severity = 0 if stop is None else 1 if isinstance(stop, Interrupted) else 2
+        self._stop_agreed, save, worst = self.ranks.highest(self.stop_signal or 0, self.save_wanted, severity)
+        self.save_agreed = bool(save)
+        if worst == 1:
+            raise Interrupted(self._stop_agreed)
+        if worst == 2 and self.ranks.count > 1:
+            said = self.ranks.gather((severity, isinstance(stop, EnvironmentFault), str(stop)))
+            rank = next(rank for rank, (how, _, _) in enumerate(said) if how == 2)
+            _, of_env, why = said[rank]
+            raise (EnvironmentFault if of_env else TrainingFault)(f"rank {rank}: {why}") from stop
+        if stop is not None:
+            raise stop
+
+    def together(self, act: Callable[[], T]) -> T:
+        """``act``, after which all ranks go on or none does."""
+        try:
+            done = act()
+        except (TrainingFault, Interrupted) as stop:
+            self.agree(stop)
+            raise
+        self.agree()
+        return done
+
+    def check_stop(self, rest: TensorDictBase | None = None) -> None:
+        """Where training may be left at once and gone on with later, raise :class:`Interrupted` if that was agreed on.
+
+        Args:
+            rest: updates of the batch under way that are still to do, [u, this rank's part of batch_size].
+        """
+        beat()
+        self._checks += 1
+        if self.ranks.count == 1 or self._checks % AGREE_EVERY == 0:
+            self.agree()
+        if self._stop_agreed:
             self._owed = rest if rest is not None else self._owed
+            raise Interrupted(self._stop_agreed)
+
+    def _leave(self) -> None:
+        """Within what :meth:`together` does: leave it if a signal came."""
+        if self.stop_signal is not None:
             raise Interrupted(self.stop_signal)
 
     def take_recent(self) -> RecentExperience:
@@ -358,7 +451,7 @@ class OffPolicyDataModule(LightningDataModule):
             try:
                 return act()
             except EnvironmentFault as fault:
-                self.check_stop()
+                self._leave()
                 if self.progress.env_restarts >= self.env_restarts:
                     raise EnvironmentFault(f"{fault}, after frame {self.progress.frames}") from fault
                 self.progress.env_restarts += 1
@@ -395,16 +488,24 @@ class OffPolicyDataModule(LightningDataModule):
         if not self.save_buffer:
             return {}
         if self._archive is None or self._archive.folder != folder:
-            self._archive = ReplayArchive(folder, self._rank)
-        chunks = self._archive.save(self.buffer) if len(self.buffer) else []
-        parts = self._gather({chunk.file: chunk.record for chunk in chunks})
-        return {name: entry for part in parts for name, entry in part.items()}
+            self._archive = ReplayArchive(folder, self.ranks.rank)
+        chunks: list[Chunk] = []
+        failed: OSError | None = None
+        try:
+            chunks = self._archive.save(self.buffer) if len(self.buffer) else []
+        except OSError as error:
+            failed = error
+        parts = self.ranks.gather((str(failed or ""), {chunk.file: chunk.record for chunk in chunks}))
+        for rank, (why, _) in enumerate(parts):
+            if why:
+                raise failed or OSError(f"rank {rank}: {why}")
+        return {name: entry for _, part in parts for name, entry in part.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a process needs to go on: the ranks' counters, generators, environments; buffers by file name."""
         if self._chunks is None:
             return {}
-        return {"progress": asdict(self.progress), "ranks": self._gather(self._rank_state())}
+        return {"progress": asdict(self.progress), "ranks": self.ranks.gather(self._rank_state())}
 
     def _rank_state(self) -> dict[str, Any]:
         envs: list[Any] | None = None
@@ -419,46 +520,62 @@ class OffPolicyDataModule(LightningDataModule):
             "sampler": self.buffer._rng.get_state(),
             "replay": [astuple(chunk) for chunk in cast(ReplayArchive, self._archive).chunks] if saved else None,
             "written": self.buffer.write_count,
+            "capacity": self.buffer.storage.max_size,
             "carrier": self.collector._carrier.clone().to_dict() if envs is not None else None,
             "envs": envs,
             "owed": None if self._owed is None else (self._owed.clone().to_dict(), len(self._owed)),
         }
 
-    def _gather(self, mine: T) -> list[T]:
-        """Every rank's value, by rank."""
-        if self._ranks == 1:
-            return [mine]
-        packed: list[Any] = [None] * self._ranks
-        torch.distributed.all_gather_object(packed, durable.packed(mine))
-        return [durable.unpacked(content) for content in packed]
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        ranks = state_dict["ranks"]
-        require(
-            len(ranks) == self._ranks,
-            f"the checkpoint was written by {len(ranks)} processes and there are {self._ranks} here: resume with "
-            f"--trainer.devices {len(ranks)}",
-        )
-        mine = ranks[self._rank]
+        saved = state_dict["ranks"]
+        mine = saved[self.ranks.rank] if len(saved) == self.ranks.count else sharding.adopt(saved, self.ranks)
         self.progress = Progress(**mine["progress"])
         self.recent = RecentExperience(**mine["recent"])
-        self._load_replay(mine)
+        if mine["replay"] is None:
+            self._refill()
+        elif len(saved) == self.ranks.count:
+            self._load_replay(mine)
+        else:
+            self._load_part(saved)
         self._load_envs(mine)
-        self.buffer._rng.set_state(mine["sampler"])
+        if mine["sampler"] is not None:
+            self.buffer._rng.set_state(mine["sampler"])
         if mine["owed"] is not None:
             updates, count = mine["owed"]
-            self._owed = TensorDict(updates, [count, self.batch_size])
+            self._owed = TensorDict(updates, [count, self._rank_batch])
         elif self.evaluation_owed:  # stopped between a batch and the evaluation after it: an empty batch leads there
-            self._owed = TensorDict(batch_size=[0, self.batch_size])
+            self._owed = TensorDict(batch_size=[0, self._rank_batch])
         self._generators = mine["generators"]
 
-    def _load_replay(self, mine: dict[str, Any]) -> None:
+    @property
+    def _saved_frames(self) -> Path:
         assert self.trainer is not None
-        if mine["replay"] is not None:
-            folder = Checkpoint(Path(cast(str, self.trainer.ckpt_path)).parent).replay
-            self._archive = ReplayArchive(folder, self._rank, [Chunk(*fields) for fields in mine["replay"]])
-            self._archive.load(self.buffer, mine["written"])
-            return
+        return Checkpoint(Path(cast(str, self.trainer.ckpt_path)).parent).replay
+
+    def _load_replay(self, mine: dict[str, Any]) -> None:
+        """Put every frame where it was."""
+        if "capacity" in mine:  # a buffer that was put together from other ranks' may hold more than its share
+            self._make_buffer(mine["capacity"])
+        chunks = [Chunk(*fields) for fields in mine["replay"]]
+        self._archive = ReplayArchive(self._saved_frames, self.ranks.rank, chunks)
+        self._archive.load(self.buffer, mine["written"])
+
+    def _load_part(self, saved: list[dict[str, Any]]) -> None:
+        """Take this rank's part of the frames that another number of ranks saved, and say so."""
+        frames, capacity = sharding.part_of_frames(saved, self._saved_frames, self.ranks)
+        self._make_buffer(max(capacity, math.ceil(self.buffer_size / self.ranks.count)))
+        for piece in frames:
+            self.buffer.extend(piece)
+        if self.ranks.rank == 0:
+            log.warning(
+                "the checkpoint is of %d processes and goes on with %d: their replay buffers are shared out anew with "
+                "every frame, as many environments as there are places for go on, and what follows differs from a run "
+                "on %d",
+                *(len(saved), self.ranks.count, len(saved)),
+            )
+
+    def _refill(self) -> None:
+        """Without the frames, updates wait for new ones."""
         self.progress.refill(self.utd)
         log.warning(
             "the checkpoint has no replay buffer (data.save_buffer was false): %d frames are collected "
@@ -481,14 +598,25 @@ class OffPolicyDataModule(LightningDataModule):
 
     def on_exception(self, exception: BaseException) -> None:
         """Lightning tears nothing down after an exception."""
+        if self._watch is not None and not common(exception):
+            self._watch.failed(exception)
+            self._watch = None
         self.teardown("fit")
 
     def teardown(self, stage: str) -> None:
         """Close the environments and remove the mapped files when training ends."""
+        if self._watch is not None:
+            self._watch.done()
+            self._watch = None
         _close(self.env)
         _close(self._eval_env)
         if self._mapped is not None:
             shutil.rmtree(self._mapped, ignore_errors=True)
+
+
+def common(exception: BaseException) -> bool:
+    """Whether all ranks end with this exception: it was agreed on."""
+    return isinstance(exception, TrainingFault) or (isinstance(exception, Interrupted) and not exception.at_once)
 
 
 def _close(env: EnvBase | None) -> None:

@@ -17,6 +17,7 @@ from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, ParallelEnv
 
 from qsm_lightning.errors import EnvironmentFault
+from qsm_lightning.watch import beat
 
 T = TypeVar("T")
 
@@ -34,6 +35,7 @@ class Guarded:
         return self._guard(super()._reset, tensordict, **kwargs)  # type: ignore[misc]
 
     def _guard(self, call: Callable[..., TensorDictBase], *args: Any, **kwargs: Any) -> TensorDictBase:
+        beat()
         try:
             out = call(*args, **kwargs)
             self._check(out)
@@ -98,6 +100,7 @@ class ProcessEnv(ParallelEnv):
         return self._guard(super()._reset, tensordict, **kwargs)
 
     def _guard(self, call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        beat()
         try:
             return call(*args, **kwargs)
         except (RuntimeError, OSError, EOFError) as error:
@@ -128,8 +131,8 @@ class ProcessEnv(ParallelEnv):
         return f"a process of the environment {self._source} died ({' '.join(str(error).split()) or 'it hung up'})"
 
 
-def _end_without(parent: int) -> None:
-    """A worker that hangs does not notice that the main process was killed."""
+def end_without(parent: int) -> None:
+    """For a thread: end this process when the one that started it is gone, however it hangs."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -139,7 +142,7 @@ def _in_worker(make: Callable[[], EnvBase], report: Path) -> EnvBase:
     """Runs in the worker: stopping is for the main process to arrange, and faults go into a file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_without, args=(os.getppid(),), daemon=True).start()
     env = make()
     env.report = report
     return env

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from qsm_lightning import trust
 from qsm_lightning.datamodule import datamodule_of
+from qsm_lightning.distributed import backward
 from qsm_lightning.errors import SettingError, TrainingFault, require, require_positive
 from qsm_lightning.losses import QSM, OffPolicyLoss
 from qsm_lightning.seeding import global_seed
@@ -75,7 +76,7 @@ class OffPolicyModule(LightningModule):
             for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
                 loss, metrics = self.loss.term_loss(term, minibatch)
                 optimizer.zero_grad()
-                self.manual_backward(loss)
+                backward(self, loss, optimizer)
                 optimizer.step()
                 self.metrics |= {
                     f"loss/{term}": loss.detach(),
@@ -86,11 +87,9 @@ class OffPolicyModule(LightningModule):
                 scheduler.step()
 
     def validation_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
-        """Log the evaluated episodes of each selector; ``eval/return`` is the first one's."""
+        """Log the evaluated episodes, of all ranks, of each selector; ``eval/return`` is the first one's."""
         frames = datamodule_of(self.trainer).progress.frames
-        self.log(
-            "step", torch.tensor(frames, dtype=torch.float64), sync_dist=True
-        )  # x-axis; float32 is exact to 2^24 only
+        self.log("step", torch.tensor(frames, dtype=torch.float64))  # x-axis; float32 is exact to 2^24 only
         for i, (selector, episodes) in enumerate(batch.items()):
             prefix = "eval" if i == 0 else f"eval_{selector}"
             returns = episodes["return"]
@@ -103,7 +102,6 @@ class OffPolicyModule(LightningModule):
                     f"{prefix}/length": episodes["length"].mean(),
                 },
                 batch_size=1,
-                sync_dist=True,
             )
 
     def on_train_start(self) -> None:

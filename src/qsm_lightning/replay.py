@@ -12,6 +12,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayB
 
 from qsm_lightning import durable
 from qsm_lightning.errors import SettingError, require
+from qsm_lightning.watch import beat
 
 Storage = Literal["memory", "memmap"]
 
@@ -94,6 +95,7 @@ class ReplayArchive:
     def _write(self, buffer: TensorDictReplayBuffer, first: int, total: int) -> Chunk:
         """The next file: frame ``first`` and as many of those before ``total`` as it may hold."""
         size = sum(value[0].nbytes for value in buffer[:1].select(*FRAME_KEYS).values(True, True))
+        beat()
         stop = min(total, first + max(1, CHUNK_BYTES // size))
         frames = buffer[torch.arange(first, stop) % buffer.storage.max_size].select(*FRAME_KEYS)
         content = durable.packed({name: value.contiguous() for name, value in frames.flatten_keys(".").items()})
@@ -118,16 +120,17 @@ class ReplayArchive:
             {"_cursor": self.chunks[0].first % buffer.storage.max_size, "_write_count": self.chunks[0].first}
         )
         for chunk in self.chunks:
-            buffer.extend(self._read(chunk))
+            buffer.extend(self.read(chunk))
         require(
             buffer.write_count == total,
             f"{self.folder} has the first {buffer.write_count} of {total} frames that the checkpoint's buffer held; "
             "resume from another checkpoint",
         )
 
-    def _read(self, chunk: Chunk) -> TensorDict:
+    def read(self, chunk: Chunk) -> TensorDict:
         """A file's frames, loaded with ``weights_only=True``: opening one runs no code."""
         path = self.folder / Path(chunk.file).name
+        beat()
         try:
             frames = torch.load(path, map_location="cpu", weights_only=True)
             return TensorDict(frames, [chunk.stop - chunk.first]).unflatten_keys(".").select(*FRAME_KEYS, strict=True)

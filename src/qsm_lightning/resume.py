@@ -19,7 +19,7 @@ from qsm_lightning.runs import CHECKPOINTS, CONFIG
 FREE = {
     *("total_frames", "storage", "storage_dir", "save_buffer"),
     *("eval_every_frames", "eval_episodes", "eval_selector", "eval_candidates"),
-    *("env_processes", "env_timeout", "env_restarts"),
+    *("env_processes", "env_timeout", "env_restarts", "rank_timeout"),
 }
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Trainer
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from qsm_lightning import durable, trust
+from qsm_lightning import checkpoints, durable, trust
+from qsm_lightning.distributed import Ranks
 from qsm_lightning.errors import SettingError, require
 
 CHECKPOINTS, CONFIG, METRICS = "checkpoints", "config.yaml", "metrics.csv"
@@ -38,6 +40,15 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(next(filter(None, folders), trainer.default_root_dir))
 
 
+def agreed_folder(trainer: Trainer, ranks: Ranks) -> Path:
+    """The first rank's run folder, for all: others, which start later, would take its folder for an older run's."""
+    folder = Path(ranks.gather(str(run_folder(trainer)))[0])
+    for logger in trainer.loggers if ranks.rank > 0 else []:
+        if isinstance(logger, TensorBoardLogger | CSVLogger) and folder == Path(logger.root_dir) / folder.name:
+            logger._version = folder.name
+    return folder
+
+
 def mapped_folder(run: Path, storage_dir: str | None, rank: int = 0) -> Path:
     """Where a rank's mapped replay frames are while it trains: the same for every process that goes on with the run."""
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:12]
@@ -54,6 +65,19 @@ def resume_command(checkpoint: Path) -> str:
     except SettingError:
         return shlex.join(["qsm-fit", "--resume", str(run), "--trust"])  # it is the user's own
     return shlex.join(["qsm-fit", "--resume", str(run)])
+
+
+def and_now(checkpoint: Path | None) -> str:
+    """Where the run's state is and how to go on with it, behind what ended it."""
+    if checkpoint is None:
+        return "; nothing was saved"
+    return f"; the run's last state is in {checkpoint}\nresume with: {resume_command(checkpoint)}"
+
+
+def and_now_of(run: Path) -> str:
+    """:func:`and_now` for a run's newest checkpoint."""
+    newest = checkpoints.complete(run / CHECKPOINTS)[-1:]
+    return and_now(newest[0].path if newest else None)
 
 
 def lock(run: Path) -> Any:

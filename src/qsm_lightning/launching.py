@@ -1,0 +1,107 @@
+"""How many processes a run has, who starts them, and which ways of starting them are refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+
+from qsm_lightning.env_faults import end_without
+from qsm_lightning.errors import require
+
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that a launcher has started."""
+
+    launcher: str
+    nodes: int
+    per_node: int
+
+
+def launched() -> World | None:
+    """What torchrun or SLURM has started, this process being one of it; nothing if this command starts its own."""
+    if TorchElasticEnvironment.detect():
+        per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+        return World("torchrun", int(os.environ["WORLD_SIZE"]) // per_node, per_node)
+    if SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
+        return World("srun", nodes, max(1, int(os.environ["SLURM_NTASKS"]) // nodes))
+    return None
+
+
+def trainer_settings(settings: Any) -> dict[str, Any]:
+    """What the trainer is given in place of its settings' devices, num_nodes and strategy.
+
+    Processes of torchrun or SLURM need not be counted again. Several processes train by ``ddp``: an update's two
+    backward passes each use only a part of the module, which :func:`qsm_lightning.distributed.backward` sees to.
+
+    Raises:
+        SettingError: for a strategy that does not fit, and for numbers that contradict the launcher's.
+    """
+    world, given = launched(), {"devices": settings["devices"], "num_nodes": settings["num_nodes"]}
+    changed: dict[str, Any] = {}
+    if world is not None and world.nodes * world.per_node > 1:
+        changed = {"devices": world.per_node, "num_nodes": world.nodes}
+        wrong = [
+            f"trainer.{name} is {given[name]}"
+            for name, default in (("devices", "auto"), ("num_nodes", 1))
+            if given[name] not in (default, changed[name], str(changed[name]))
+        ]
+        require(
+            not wrong,
+            f"{' and '.join(wrong)}: {world.launcher} has started {world.per_node} processes on each of {world.nodes} "
+            "nodes; leave trainer.devices and trainer.num_nodes out",
+        )
+    strategy = settings["strategy"]
+    kind = strategy if isinstance(strategy, str) else type(strategy).__name__
+    method = getattr(strategy, "_start_method", "popen")
+    require(
+        strategy in STRATEGIES
+        if isinstance(strategy, str)
+        else isinstance(strategy, (DDPStrategy, SingleDeviceStrategy)) and method == "popen",
+        f"trainer.strategy is {kind if method == 'popen' else f'{kind} with start_method {method}'}: a run has one "
+        "process per device, started by this command, torchrun or SLURM, each with a whole copy of the networks; use "
+        "ddp, or leave it out",
+    )
+    several = _several(given | changed, settings["accelerator"])
+    if strategy == "ddp" or (strategy == "auto" and several):
+        # The schedule's buffers never change: there is nothing to broadcast before each step.
+        changed["strategy"] = DDPStrategy(broadcast_buffers=False)
+    return changed
+
+
+def _several(given: dict[str, Any], accelerator: Any) -> bool:
+    """Whether the settings ask for more than one process."""
+    if given["num_nodes"] > 1:
+        return True
+    if given["devices"] in ("auto", "-1", -1):
+        return accelerator in ("auto", "gpu", "cuda") and torch.cuda.device_count() > 1
+    return given["devices"] not in (1, "1")
+
+
+def take_over_children(trainer: Trainer) -> list[subprocess.Popen[Any]]:
+    """The processes that this one has started. From now on, Lightning does not look after them.
+
+    When one of them ends, Lightning's observer kills all others without a word.
+    """
+    launcher = trainer.strategy.launcher
+    children = list(getattr(launcher, "procs", []))
+    if children:
+        launcher.procs.clear()  # type: ignore[union-attr]
+    return children
+
+
+def end_with_parent() -> None:
+    """In a process that ``qsm-fit`` has started for another device: end when that one is gone."""
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0 and launched() is None:
+        threading.Thread(target=end_without, args=(os.getppid(),), daemon=True).start()
