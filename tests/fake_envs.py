@@ -26,6 +26,19 @@ class Bandit(gym.Env):
         return np.zeros(1, np.float32), float(action[0] ** 2), True, False, {}
 
 
+class Start(Bandit):
+    """The reward is drawn when the episode begins, whatever the action."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        out = super().reset(seed=seed)
+        self.drawn = float(self.np_random.normal())
+        return out
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        observation, _, *rest = super().step(action)
+        return observation, self.drawn, *rest  # type: ignore[return-value]
+
+
 class Clock(gym.Env):
     """Counts its steps in the observation [step, episode]; odd episodes terminate and even ones truncate at step 5."""
 
@@ -164,7 +177,7 @@ class Matrix(Bandit):
     action_space = gym.spaces.Box(-1, 1, (2, 3), np.float32)
 
 
-for name in ("Bandit", "Clock", "Wanderer", "Own", "Secret", "Overflow", "Parts", "Unbounded", "Matrix"):
+for name in ("Bandit", "Start", "Clock", "Wanderer", "Own", "Secret", "Overflow", "Parts", "Unbounded", "Matrix"):
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{name}")
 for what in ("observation", "reward"):
     gym.register(f"Faulty{what.title()}-v0", entry_point=f"{__name__}:Faulty", kwargs={"what": what})

@@ -191,6 +191,6 @@ class Buggy(QSM):
 
 def frames_of(parts: list[dict[str, Any]]) -> Tensor:
     """The frames of several buffers as rows, sorted: two sets of frames are equal if these are."""
-    whole = [TensorDict(part).auto_batch_size_(1) for part in parts]
-    rows = torch.cat([torch.cat([one["observation"], one["action"], one["next", "reward"]], 1) for one in whole])
+    flat = [TensorDict(part).auto_batch_size_(1).flatten_keys(".") for part in parts]
+    rows = torch.cat([torch.cat([one["observation"], one["action"], one["next.reward"]], 1) for one in flat])
     return torch.unique(rows, dim=0)

@@ -26,7 +26,7 @@ from qsm_lightning import callbacks as cb
 from qsm_lightning import checkpoints, durable, launching, resources, resume, runs, trust
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, require
+from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, on_all_ranks, require
 from qsm_lightning.loggers import run_loggers
 from qsm_lightning.losses import QSM, QSMLoss
 from qsm_lightning.messages import ParserErrors, loss_settings, one_line, shipped_config
@@ -342,20 +342,23 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
     try:
         command()
     except SettingError as error:
-        _stop(prog, str(error), 2)
+        _stop(prog, error, str(error), 2)
     except EnvironmentFault as error:
-        _stop(prog, f"{error}{runs.and_now(error.checkpoint) if prog == 'qsm-fit' else ''}", 3)
+        _stop(prog, error, f"{error}{runs.and_now(error.checkpoint) if prog == 'qsm-fit' else ''}", 3)
     except TrainingFault as error:
-        _stop(prog, str(error), 3)
+        _stop(prog, error, str(error), 3)
     except Interrupted as stop:
-        _stop(prog, f"{stop}{runs.and_now(stop.checkpoint)}", 128 + stop.signum)
-    except KeyboardInterrupt:
-        _stop(prog, "interrupted; nothing was saved since the last checkpoint", 130)
+        _stop(prog, stop, f"{stop}{runs.and_now(stop.checkpoint)}", 128 + stop.signum)
+    except KeyboardInterrupt as stop:
+        _stop(prog, stop, "interrupted; nothing was saved since the last checkpoint", 130)
 
 
-def _stop(prog: str, message: str, status: int) -> NoReturn:
+def _stop(prog: str, error: BaseException, message: str, status: int) -> NoReturn:
+    """End with a sentence; what all ranks end with is said by the first."""
     _ignore_ctrl_c()
-    print(f"{prog}: {message}", file=sys.stderr, flush=True)
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    if rank == 0 or not on_all_ranks(error):
+        print(f"{prog}: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

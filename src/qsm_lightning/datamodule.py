@@ -24,7 +24,7 @@ from qsm_lightning.collect import Progress, RecentExperience, make_collector
 from qsm_lightning.distributed import Ranks
 from qsm_lightning.env_state import NoStateError, env_states, load_env_states
 from qsm_lightning.envs import make_env
-from qsm_lightning.errors import EnvironmentFault, Interrupted, TrainingFault, require, require_positive
+from qsm_lightning.errors import EnvironmentFault, Interrupted, TrainingFault, on_all_ranks, require, require_positive
 from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.plain import generators_state, load_generators_state
@@ -598,7 +598,7 @@ class OffPolicyDataModule(LightningDataModule):
 
     def on_exception(self, exception: BaseException) -> None:
         """Lightning tears nothing down after an exception."""
-        if self._watch is not None and not common(exception):
+        if self._watch is not None and not on_all_ranks(exception):
             self._watch.failed(exception)
             self._watch = None
         self.teardown("fit")
@@ -612,11 +612,6 @@ class OffPolicyDataModule(LightningDataModule):
         _close(self._eval_env)
         if self._mapped is not None:
             shutil.rmtree(self._mapped, ignore_errors=True)
-
-
-def common(exception: BaseException) -> bool:
-    """Whether all ranks end with this exception: it was agreed on."""
-    return isinstance(exception, TrainingFault) or (isinstance(exception, Interrupted) and not exception.at_once)
 
 
 def _close(env: EnvBase | None) -> None:

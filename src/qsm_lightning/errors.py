@@ -34,6 +34,11 @@ class Interrupted(BaseException):
         self.checkpoint: Path | None = None
 
 
+def on_all_ranks(error: BaseException) -> bool:
+    """Whether all processes of a run end with this error: they agreed on it."""
+    return isinstance(error, TrainingFault) or (isinstance(error, Interrupted) and not error.at_once)
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`SettingError` with ``message`` unless ``condition`` holds."""
     if not condition:

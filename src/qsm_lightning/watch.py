@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -12,17 +11,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import psutil
-from torch.distributed import TCPStore
+import torch
 
 from qsm_lightning.distributed import Ranks
 
 PERIOD = 0.5  # seconds between two looks
-SILENT = 25.0  # seconds without a sign of life after which a rank counts as lost
+SILENT = 25.0  # seconds without an answer after which a rank counts as lost
 ENDING = 20.0  # seconds that ranks wait for each other at the end
 
 _beats = 0
@@ -38,17 +37,16 @@ def beat() -> None:
 class Sign:
     """What a rank lets the others know twice a second."""
 
-    number: int = 0
     beats: int = 0
-    state: str = "runs"  # or done, failed
+    state: str = "runs"  # or done, or how it failed
     place: str = ""  # where its main thread is; empty while it waits for other ranks
 
 
 class Watch:
-    """A thread on every rank that reads the others' signs of life, and ends this process when one is lost.
+    """A thread on every rank that exchanges signs of life with the others', and ends this process when one is lost.
 
-    A rank is lost when its process is gone, when it said that it failed, or when it is silent. All are lost when for
-    ``timeout`` seconds none of them gets on: one hangs, and the others wait for it.
+    A rank is lost when its process is gone, when it said that it failed, or when it does not answer. All are lost when
+    for ``timeout`` seconds none of them gets on: one hangs, and the others wait for it.
 
     Args:
         ranks: the processes; all of them make their watch at the same time.
@@ -61,34 +59,19 @@ class Watch:
         self, ranks: Ranks, timeout: float, children: list[subprocess.Popen[Any]], closing_words: Callable[[], str]
     ) -> None:
         self.ranks, self.timeout, self.children, self.closing_words = ranks, timeout, children, closing_words
-        host = os.environ.get("MASTER_ADDR", "localhost")
-        patience = timedelta(seconds=SILENT)
-        if ranks.rank == 0:
-            self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
-        port = ranks.gather(self._store.port if ranks.rank == 0 else 0)[0]
-        if ranks.rank > 0:
-            self._store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=patience)
         self._processes = ranks.gather((socket.gethostname(), os.getpid()))
-        self._sign = Sign()
-        self._signs = [Sign() for _ in range(ranks.count)]
+        self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=SILENT))
+        self._state = "runs"
         self._main = threading.main_thread().ident
-        self._leave = threading.Event()
-        self._publish()
-        ranks.gather(None)  # every rank's sign is there
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
         self._thread.start()
 
     # The main thread's part.
 
     def done(self) -> None:
-        """Training is over here: wait for the other ranks, which need this one until they are done too."""
+        """Training is over here: wait for the other ranks, and for the processes that this one has launched."""
         self._end("done")
-        if self.ranks.rank > 0:
-            return
         end = time.monotonic() + ENDING
-        with contextlib.suppress(RuntimeError):
-            while any(sign.state == "runs" for sign in self._read()) and time.monotonic() < end:
-                time.sleep(PERIOD / 5)
         for child in self.children:
             try:
                 child.wait(max(0.0, end - time.monotonic()))
@@ -98,92 +81,78 @@ class Watch:
     def failed(self, error: BaseException) -> None:
         """This rank fails with ``error``, unless that is because another one is lost, which then ends this process."""
         if isinstance(error, RuntimeError):  # how a broken connection shows
-            time.sleep(4 * PERIOD)
+            self._thread.join(4 * PERIOD)
         self._end("failed: " + " ".join(f"{type(error).__name__}: {error}".split()))
-        if self.ranks.rank == 0:
-            time.sleep(4 * PERIOD)  # for the others to read it: the signs are kept in this process
 
     def _end(self, state: str) -> None:
-        self._sign.state = state
-        self._leave.set()
+        self._state = state
         self._thread.join()
 
     # The thread's part.
 
     def _run(self) -> None:
-        changed = [time.monotonic()] * self.ranks.count
-        progress, looked = time.monotonic(), time.monotonic()
-        started = False
+        progress, beats = time.monotonic(), None
         while True:
-            left = self._leave.wait(PERIOD)
+            time.sleep(PERIOD)
+            mine = Sign(_beats, self._state, _place(self._main))
             try:
-                self._publish()
-                if left:
-                    return
-                signs = self._read()
-            except RuntimeError:
-                self._stop(["rank 0 is gone: it does not answer"], [0])
+                signs = self._exchange(mine)
+            except RuntimeError:  # a connection is broken, or nothing came
+                lost = {rank: why for rank in range(self.ranks.count) if (why := self._gone(rank))}
+                self._stop([f"rank {r} {why}" for r, why in lost.items()] or ["a rank does not answer"], list(lost))
+                return
+            failed = [rank for rank, sign in enumerate(signs) if sign.state not in ("runs", "done")]
+            if mine.state not in ("runs", "done") or all(sign.state == "done" for sign in signs):
+                return
+            if failed:
+                self._stop([f"rank {rank} {signs[rank].state}" for rank in failed], failed)
                 return
             now = time.monotonic()
-            if now - looked > SILENT / 2:  # this process was stopped itself, and knows nothing of the others
-                changed, progress = [now] * self.ranks.count, now
-            looked = now
-            for rank, (before, sign) in enumerate(zip(self._signs, signs, strict=True)):
-                if before.number != sign.number:
-                    changed[rank] = now
-            if any(before.beats != sign.beats for before, sign in zip(self._signs, signs, strict=True)):
-                progress, started = now, True
-            self._signs = signs
-            lost = {r: why for r in range(self.ranks.count) if (why := self._lost(r, now - changed[r]))}
-            if lost:
-                self._stop([f"rank {rank} {why}" for rank, why in lost.items()], list(lost))
-            elif started and now - progress > self.timeout:
-                at_fault = [r for r, sign in enumerate(signs) if sign.place and sign.state == "runs"]
-                where = [f"rank {r} hangs in {signs[r].place}" for r in at_fault] or ["the ranks wait for each other"]
-                self._stop([f"no rank got on for {self.timeout:g} s", *where], at_fault)
+            if beats != (beats := [sign.beats for sign in signs]):
+                progress = now
+            elif sum(beats) and now - progress > self.timeout:
+                hang = [rank for rank, sign in enumerate(signs) if sign.place and sign.state == "runs"]
+                where = [f"rank {rank} hangs in {signs[rank].place}" for rank in hang]
+                self._stop([f"no rank got on for {self.timeout:g} s", *where], hang)
+                return
 
-    def _publish(self) -> None:
-        place = _place(self._main)
-        self._sign = Sign(self._sign.number + 1, _beats, self._sign.state, place)
-        self._store.set(str(self.ranks.rank), json.dumps(asdict(self._sign)))
+    def _exchange(self, mine: Sign) -> list[Sign]:
+        signs: list[Any] = [None] * self.ranks.count
+        torch.distributed.all_gather_object(signs, mine, group=self._group)
+        return signs
 
-    def _read(self) -> list[Sign]:
-        return [Sign(**json.loads(self._store.get(str(rank)))) for rank in range(self.ranks.count)]
-
-    def _lost(self, rank: int, silent: float) -> str:
-        """Why a rank counts as lost, if it does."""
-        sign = self._signs[rank]
+    def _gone(self, rank: int) -> str:
+        """Why a rank on this machine cannot answer, if it cannot."""
         host, pid = self._processes[rank]
-        if rank == self.ranks.rank or sign.state == "done":
+        if host != socket.gethostname() or rank == self.ranks.rank:
             return ""
-        if sign.state != "runs":
-            return sign.state
-        if host == socket.gethostname() and not _alive(pid):
+        status = _status(pid)
+        if status is None:
             return f"ended without a word: its process {pid} was killed or crashed"
-        if silent > SILENT:
-            return f"(process {pid} on {host}) was silent for {silent:.0f} s: it is stopped, or its machine is gone"
-        return ""
+        return f"does not answer: its process {pid} is stopped" if status == psutil.STATUS_STOPPED else ""
 
     def _stop(self, reasons: list[str], at_fault: list[int]) -> None:
-        """End this process, and those at fault on this machine. The first sound rank says why."""
+        """End this process, and what is left of the others on this machine. The first sound rank says why."""
         sound = [rank for rank in range(self.ranks.count) if rank not in at_fault]
         if self.ranks.rank == (sound or [0])[0]:
             print(f"qsm-fit: {'; '.join(reasons)}{self.closing_words()}", file=sys.stderr, flush=True)
-            mine = {pid for host, pid in self._processes if host == socket.gethostname() and pid != os.getpid()}
+            others = {pid for host, pid in self._processes if host == socket.gethostname() and pid != os.getpid()}
             end = time.monotonic() + 10 * PERIOD  # for the others to see the same, and to say what befell them
-            while any(map(_alive, mine)) and time.monotonic() < end:
+            while any(map(_status, others)) and time.monotonic() < end:
                 time.sleep(PERIOD / 5)
-            for pid in filter(_alive, mine):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(2 * PERIOD)
+            for pid in filter(_status, others):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
         os._exit(3)
 
 
-def _alive(pid: int) -> bool:
+def _status(pid: int) -> str | None:
+    """What the system says of a process; nothing when it is gone."""
     try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        status = psutil.Process(pid).status()
     except psutil.Error:
-        return False
+        return None
+    return None if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else status
 
 
 def _place(thread: int | None) -> str:
