@@ -22,7 +22,7 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def _main(name: str, args: list[str], folder: Path, log: Path, env: dict[str, str]) -> None:
+def _main(name: str, args: list[str], folder: Path, log: Path, rank: int, env: dict[str, str]) -> None:
     os.environ.update(env)
     os.chdir(folder)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -32,13 +32,11 @@ def _main(name: str, args: list[str], folder: Path, log: Path, env: dict[str, st
     sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.argv = [name, *args]
     import torch
+    from pytorch_lightning.utilities import rank_zero_only
 
     from qsm_lightning import cli
 
-    if env:  # ranks are known by what was set before the first import
-        from pytorch_lightning.utilities import rank_zero_only
-
-        rank_zero_only.rank = int(env["RANK"])  # type: ignore[attr-defined]
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]  # which a new process knows from the first import on
     torch.set_num_threads(1)
     {"qsm-fit": cli.fit, "qsm-eval": cli.evaluate}[name]()
 
@@ -46,11 +44,13 @@ def _main(name: str, args: list[str], folder: Path, log: Path, env: dict[str, st
 class Run:
     """A running ``qsm-fit`` in ``folder``; what it prints is in :attr:`text`."""
 
-    def __init__(self, folder: Path, *args: object, name: str = "qsm-fit", env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, *args: object, name: str = "qsm-fit", rank: int = 0, env: dict[str, str] | None = None
+    ) -> None:
         self.log = folder / f"log-{time.monotonic_ns()}.txt"
         self.log.touch()
         words = [str(arg) for arg in args]
-        self.process = CONTEXT.Process(target=_main, args=(name, words, folder, self.log, env or {}))
+        self.process = CONTEXT.Process(target=_main, args=(name, words, folder, self.log, rank, env or {}))
         self.process.start()
 
     @property
@@ -88,16 +88,18 @@ def free_port() -> int:
 
 
 class RankedRun:
-    """A running ``qsm-fit`` of several processes, as torchrun starts them; all of it is gone after :meth:`wait`."""
+    """A running ``qsm-fit`` of several processes, as torchrun or srun starts them; gone after :meth:`wait`."""
 
-    def __init__(self, folder: Path, count: int, *args: object, **env: str) -> None:
-        world = {
-            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "test"},
-            **{"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)},
-            **env,
-        }
+    def __init__(self, folder: Path, count: int, *args: object, by: str = "torchrun", **env: str) -> None:
+        world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **env}
+        number, local = "SLURM_PROCID", "SLURM_LOCALID"
+        if by == "torchrun":
+            number, local = "RANK", "LOCAL_RANK"
+            world |= {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         self.ranks = [
-            Run(folder, "--trainer.accelerator=cpu", *args, env=world | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            Run(
+                folder, "--trainer.accelerator=cpu", *args, rank=rank, env=world | {number: str(rank), local: str(rank)}
+            )
             for rank in range(count)
         ]
 

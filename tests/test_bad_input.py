@@ -60,6 +60,15 @@ CASES = {
     "negative restarts": ([*PENDULUM, "--data.env_restarts", "-1"], "data.env_restarts is -1"),
     "too little memory": ([*PENDULUM, *HUGE], "data.buffer_size is 1000000000000.*of memory.*memmap"),
     "too little disk": ([*PENDULUM, *HUGE, "--data.storage", "memmap"], "data.buffer_size is 1000000000000.*of disk"),
+    "spawned processes": (
+        [*PENDULUM, "--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp_spawn"],
+        "trainer.strategy is ddp_spawn.*use ddp",
+    ),
+    "sharded networks": ([*PENDULUM, "--trainer.strategy", "fsdp"], "trainer.strategy is fsdp.*use ddp"),
+    "unequal parts": (
+        [*PENDULUM, "--trainer.devices", "2", "--trainer.accelerator", "cpu", "--data.batch_size", "255"],
+        "data.batch_size is 255.*over all 2 processes.*such as 256",
+    ),
     "no devices": ([*PENDULUM, "--trainer.devices", "0"], "devices"),
 }
 

@@ -34,8 +34,11 @@ def launched() -> World | None:
         per_node = int(os.environ["LOCAL_WORLD_SIZE"])
         return World("torchrun", int(os.environ["WORLD_SIZE"]) // per_node, per_node)
     if SLURMEnvironment.detect():
-        nodes = int(os.environ.get("SLURM_NNODES", 1))
-        return World("srun", nodes, max(1, int(os.environ["SLURM_NTASKS"]) // nodes))
+        require(
+            os.environ["SLURM_NTASKS"] == "1" or "SLURM_NTASKS_PER_NODE" in os.environ,
+            "SLURM has started several tasks: give their number with --ntasks-per-node, not --ntasks",
+        )
+        return World("srun", int(os.environ.get("SLURM_NNODES", 1)), int(os.environ.get("SLURM_NTASKS_PER_NODE", 1)))
     return None
 
 
