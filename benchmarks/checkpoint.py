@@ -15,7 +15,6 @@ import argparse
 import json
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,15 +24,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchrl
 from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer
 
+from benchmarks.machine import described, machine
 from qsm_lightning import checkpoints, durable
 from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, frame_bytes, make_replay_buffer
 
@@ -225,23 +223,6 @@ def file_system(folder: Path) -> str:
     return max(reversed(holding), key=lambda mount: len(mount[0]))[1]  # of equals the one mounted last
 
 
-def environment(folder: Path) -> dict[str, Any]:
-    """Hardware, versions and date."""
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "date": date.today().isoformat(),
-        "cpu": models[0].split(":")[1].strip() if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
-        "file_system": file_system(folder),
-        "load_average": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchrl": torchrl.__version__,
-    }
-
-
 def spread(values: list[float]) -> str:
     """Median, smallest and largest."""
     return f"{statistics.median(values):,.0f} ({min(values):,.0f} - {max(values):,.0f})"
@@ -269,9 +250,7 @@ def report(results: dict[str, Any], rows: list[Row]) -> str:
     where, options = results["environment"], results["options"]
     size = frame_bytes(options["observation_dim"], options["action_dim"])
     lines = [
-        f"{where['date']}: {where['cpu']}, {where['cores']} cores ({where['threads']} threads), "
-        f"{where['memory_gib']} GiB, {where['file_system']}, load average {where['load_average']} beforehand; "
-        f"Python {where['python']}, torch {where['torch']}, torchrl {where['torchrl']}",
+        f"{described(where)}; {where['file_system']}",
         "",
         f"{options['every']:,} new frames of {size:,} bytes before each of {options['repeats']} checkpoints, "
         f"which hold {len(STATE) / MB:.0f} MB besides; "
@@ -321,7 +300,7 @@ def main() -> None:
         | {"every": options.every, "repeats": options.repeats}
     }
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        results["environment"] = environment(Path(temporary))
+        results["environment"] = machine() | {"file_system": file_system(Path(temporary))}
         results["memory"] = {work: memory_of_process(options, work, Path(temporary)) for work in ("save", "load")}
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         rows = measure_times(options, Path(temporary))

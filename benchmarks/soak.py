@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -22,13 +21,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import psutil
 from tests.compare import curves, differences, rows, state
 
+from benchmarks.machine import described, machine
 from qsm_lightning import checkpoints
 
 SETTINGS = [
@@ -121,8 +120,7 @@ def settled(memory: list[tuple[float, float]]) -> list[float]:
 def report(result: dict[str, Any], settings: list[str]) -> str:
     """The figures, as Markdown."""
     lines = [
-        f"{datetime.now(timezone.utc):%Y-%m-%d}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {checkpoints.versions()}",
+        described(machine()),
         f"settings: {' '.join(settings)}",
         "",
         "| signal | times | exit status | seconds to the end, median and most |",

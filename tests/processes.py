@@ -119,10 +119,10 @@ class RankedRun:
                 rank.process.kill()
 
 
-def fit_ranks(folder: Path, count: int, *args: object, status: int = 0) -> str:
+def fit_ranks(folder: Path, count: int, *args: object, status: int = 0, timeout: float = 120) -> str:
     """Run ``qsm-fit`` with several processes to its end; returns what they printed."""
     run = RankedRun(folder, count, *args)
-    assert run.wait() == [status] * count, run.text
+    assert run.wait(timeout) == [status] * count, run.text
     return run.text
 
 

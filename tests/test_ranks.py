@@ -189,6 +189,13 @@ def test_a_restarted_environment_of_one_rank_leaves_the_other_alone(tmp_path: Pa
     assert [rank["progress"]["env_restarts"] for rank in ranks] == [0, 1]
 
 
+@pytest.mark.slow
+def test_two_ranks_learn_pendulum_as_one_does(tmp_path: Path) -> None:
+    """At the same total frames; the shipped configuration ends above -250 on one process."""
+    text = fit_ranks(tmp_path, 2, "--config=pendulum", timeout=1200)
+    assert float(text.split("final return: ")[1].split()[0]) > -250, text
+
+
 # Another number of processes.
 
 
