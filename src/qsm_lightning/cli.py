@@ -286,7 +286,8 @@ def _fit(args: list[str] | None) -> None:
             log.warning("%s was made with %s: what follows may differ in the last bits", checkpoint.path, other)
         del state
     writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), None)
-    size = resources.report(cli.datamodule, run, saved=writer is not None) if trainer.local_rank == 0 else ""
+    if trainer.local_rank == 0:
+        size = resources.report(cli.datamodule, run, writer is not None, trainer.num_nodes)
     if trainer.is_global_zero:
         held = cli.held or runs.lock(run)
         if checkpoint is not None and progress is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -18,7 +19,7 @@ from qsm_lightning.replay import frame_bytes
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def report(data: OffPolicyDataModule, run: Path, saved: bool) -> str:
+def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1) -> str:
     """One line on the size of the replay buffer, in memory and on disk.
 
     On disk the newest checkpoint and the best may have no frame in common, so that once the ring has wrapped there can
@@ -28,16 +29,18 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool) -> str:
         data: the datamodule, before training.
         run: the run's folder.
         saved: whether checkpoints are written.
+        machines: on how many the buffer's parts are; checkpoints are on a disk that they share.
 
     Raises:
         SettingError: when memory or disk is too small for it.
     """
     frame = frame_bytes(data.observation_dim, data.action_dim)
-    frames = min(data.buffer_size, data.total_frames)
+    frames = math.ceil(min(data.buffer_size, data.total_frames) / machines)
     index = 8  # TorchRL stores each frame's number with it
     size, archive = frames * (frame + index), min(2 * data.buffer_size, data.total_frames) * frame
     mapped, saved = data.storage == "memmap", saved and data.save_buffer
-    setting = f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name} take"
+    here = " on each machine" if machines > 1 else ""
+    setting = f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name}{here} take"
     if not mapped:
         free = available_memory()
         require(
@@ -60,7 +63,7 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool) -> str:
         )
     where = "mapped files" if mapped else "memory"
     on_disk = f", up to {_size(archive)} in {run / runs.CHECKPOINTS}" if saved else ""
-    return f"replay buffer: {frames} frames, {_size(size)} in {where}{on_disk}"
+    return f"replay buffer: {frames} frames{here}, {_size(size)} in {where}{on_disk}"
 
 
 def _add(needs: dict[int, int], places: dict[int, Path], folder: Path, size: int) -> None:
