@@ -53,6 +53,9 @@ class TrainingMetrics(Callback):
             "speed/updates_per_s": (data.progress.updates - self._start_updates) / seconds,
         }
         metrics |= {key: value.item() for key, value in pl_module.metrics.items()}  # type: ignore[operator, union-attr]
+        if trainer.scaler is not None:
+            metrics["update/loss_scale"] = trainer.scaler.get_scale()
+            metrics["update/skipped_steps"] = pl_module.skipped_steps
         for term, optimizer in zip(pl_module.loss.terms, trainer.optimizers, strict=True):  # type: ignore[union-attr, arg-type]
             metrics[f"lr/{term}"] = optimizer.param_groups[0]["lr"]
         for logger in trainer.loggers:

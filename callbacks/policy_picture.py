@@ -84,8 +84,7 @@ def draw_policy(loss: OffPolicyLoss, observations: Tensor, samples: int = 200) -
 
     The loss must offer ``critics`` and ``q_gradient``, as :class:`~qsm_lightning.losses.QSMLoss` does.
     """
-    device = next(loss.denoiser.parameters()).device
-    observations = observations.to(device)
+    observations = observations.to(next(loss.denoiser.parameters()))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         policy = loss.evaluation_policy()

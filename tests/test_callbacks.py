@@ -35,7 +35,14 @@ def stand_in(frames: int = 0, **settings: Any) -> Mock:
     data.progress = Progress(frames)
     data.total_frames = 10_000
     data.configure_mock(**settings)
-    return Mock(datamodule=data, loggers=[Mock()], is_global_zero=True, sanity_checking=False, fast_dev_run=False)
+    return Mock(
+        datamodule=data,
+        loggers=[Mock()],
+        is_global_zero=True,
+        sanity_checking=False,
+        fast_dev_run=False,
+        scaler=None,
+    )
 
 
 def test_a_diverged_loss_stops_with_its_name_and_frame() -> None:

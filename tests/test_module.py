@@ -6,10 +6,12 @@ import io
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.plugins import MixedPrecision
 
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
@@ -39,8 +41,20 @@ def test_the_actors_rate_follows_a_cosine_to_zero_and_stays_there(decay: int) ->
         scheduler.step()
 
 
-def test_a_training_step_is_the_plain_loop(tmp_path: Path) -> None:
-    """30 updates by the Trainer equal the same updates written out with two Adams, bitwise."""
+def clipped(gradients: list[torch.Tensor], value: float, algorithm: str | None) -> list[torch.Tensor]:
+    """The gradients of one optimizer, scaled down to a norm of ``value`` over all of them, or each entry cut."""
+    if algorithm == "value":
+        return [g.clamp(-value, value) for g in gradients]
+    norm = sum(g.square().sum() for g in gradients) ** 0.5
+    return [g * min(1.0, value / float(norm)) for g in gradients]
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize(("clip", "algorithm"), [(None, None), (0.5, None), (0.02, "value")])
+def test_a_training_step_is_the_plain_loop(
+    clip: float | None, algorithm: Literal["value"] | None, scaled: bool, tmp_path: Path
+) -> None:
+    """30 updates by the Trainer equal the same updates written out with two Adams; bitwise, but for clipping."""
 
     class Recorded(OffPolicyDataModule):
         given: list[torch.Tensor] = []
@@ -55,27 +69,48 @@ def test_a_training_step_is_the_plain_loop(tmp_path: Path) -> None:
     data = Recorded("Pendulum-v1", 1, 5, 50, 20, 8, utd=1, eval_every_frames=1000, eval_episodes=1)
     torch.manual_seed(0)
     module = OffPolicyModule(3, 1, SMALL, actor_lr_decay_updates=50)
+    module.set_gradient_clipping(clip, algorithm)
     torch.manual_seed(0)
     plain = SMALL(3, 1)
     Trainer(
-        max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 64.0))] if scaled else None,
+        default_root_dir=tmp_path,
     ).fit(module, data)
     critic = torch.optim.Adam(plain.critics.parameters(), 3e-4, fused=True)
     actor = torch.optim.Adam(plain.denoiser.parameters(), 3e-4, fused=True)
-    updates = 0
+    updates = cuts = 0
     for batch, state in zip(data.given, data.states, strict=True):
         torch.set_rng_state(state)
         for row in batch:
             actor.param_groups[0]["lr"] = 3e-4 * 0.5 * (1 + math.cos(math.pi * updates / 50))
             for loss_of, optimizer in ((plain.qvalue_loss, critic), (plain.actor_loss, actor)):
                 optimizer.zero_grad()
-                loss_of(row)[0].backward()
+                with torch.autocast("cpu", torch.float16, enabled=scaled, cache_enabled=False):
+                    loss = loss_of(row)[0]
+                (loss * (64 if scaled else 1)).backward()
+                parameters = optimizer.param_groups[0]["params"]
+                for p in parameters:
+                    p.grad = p.grad / (64 if scaled else 1)
+                if clip is not None:
+                    cut = clipped([p.grad for p in parameters], clip, algorithm)
+                    for p, g in zip(parameters, cut, strict=True):
+                        cuts += int(not torch.equal(p.grad, g))
+                        p.grad = g
                 optimizer.step()
             plain.update_targets()
             updates += 1
     assert updates == 30
-    trained = module.loss.state_dict()
-    assert all(torch.equal(value, trained[key]) for key, value in plain.state_dict().items())
+    assert (cuts > 100) == (clip is not None)
+    trained, written_out = module.loss.state_dict(), plain.state_dict()
+    for key, value in written_out.items():
+        if clip is None:
+            assert torch.equal(value, trained[key])
+        else:
+            torch.testing.assert_close(value, trained[key])
 
 
 def test_hyper_parameters_rebuild_the_module_through_a_safe_file() -> None:
@@ -106,3 +141,9 @@ def test_rates_must_be_positive(name: str) -> None:
 def test_a_losss_setting_is_named_in_full() -> None:
     with pytest.raises(SettingError, match=r"model\.loss\.T is 0"):
         OffPolicyModule(3, 2, partial(QSM, T=0))
+
+
+@pytest.mark.parametrize("settings", [(0.0, None), (-1.0, None), (math.nan, None), (1.0, "mean")])
+def test_clipping_out_of_range_is_refused(settings: Any) -> None:
+    with pytest.raises(SettingError, match="trainer.gradient_clip_"):
+        OffPolicyModule(3, 2, SMALL).set_gradient_clipping(*settings)

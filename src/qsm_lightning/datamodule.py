@@ -257,7 +257,11 @@ class OffPolicyDataModule(LightningDataModule):
         return SizedStream(1, self.evaluate)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch.to(device) if isinstance(batch, TensorDictBase) else batch
+        if not isinstance(batch, TensorDictBase):
+            return batch
+        if not batch.batch_size:  # what Lightning's conversion to float64 leaves of [u, batch_size]
+            batch.batch_size = [len(batch["action"]) if "action" in batch else 0, self.batch_size]
+        return batch.to(device)
 
     # Data flow.
 

@@ -99,7 +99,7 @@ def run(args: list[str] | None = None) -> None:
         check_renderable(name)
     try:
         module = OffPolicyModule(**checkpoint["hyper_parameters"])
-        module.load_state_dict(checkpoint["state_dict"])
+        module.load_state_dict(checkpoint["state_dict"], assign=True)  # in the precision it was trained in
     except (TypeError, KeyError, RuntimeError, AttributeError) as error:
         what = " ".join(str(error).split())
         raise SettingError(f"{path} has settings that qsm-fit does not write ({what}); choose another") from error

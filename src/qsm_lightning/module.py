@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -18,7 +20,12 @@ from qsm_lightning import trust
 from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import SettingError, TrainingFault, require, require_positive
 from qsm_lightning.losses import QSM, OffPolicyLoss
+from qsm_lightning.precision import full_precision
 from qsm_lightning.seeding import global_seed
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 20  # from GradScaler's first scale, 65536, down to 0.06
 
 LossFactory = Callable[[int, int], OffPolicyLoss]
 
@@ -65,6 +72,32 @@ class OffPolicyModule(LightningModule):
         except SettingError as error:  # its message begins with the setting's name
             raise SettingError(f"model.loss.{error}") from error
         self.metrics: dict[str, Tensor] = {}
+        self.skipped_steps = 0
+        self._skipped_in_a_row: Counter[str] = Counter()
+        self._loss_scale = 1.0
+        self.set_gradient_clipping(None)
+
+    def set_gradient_clipping(self, value: float | None, algorithm: Literal["norm", "value"] | None = None) -> None:
+        """Clip the gradients of each optimizer, before ``fit``; Lightning's Trainer does not in manual optimization.
+
+        Args:
+            value: greatest norm over all of an optimizer's parameters, or greatest magnitude of each entry; None for
+                no clipping.
+            algorithm: ``norm`` (the default) or ``value``.
+
+        Raises:
+            SettingError: for a value out of range.
+        """
+        require(
+            value is None or value > 0,
+            f"trainer.gradient_clip_val is {value}: it must be greater than 0, or null for no clipping",
+        )
+        require(
+            algorithm in ("norm", "value", None),
+            f"trainer.gradient_clip_algorithm is {algorithm!r}: choose norm or value",
+        )
+        self.gradient_clip_val = value
+        self.gradient_clip_algorithm = None if value is None else algorithm or "norm"
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         """As many updates as ``batch`` [u, B] has rows; the last one's losses and metrics are kept, detached."""
@@ -72,18 +105,67 @@ class OffPolicyModule(LightningModule):
         data = datamodule_of(self.trainer)
         for i, minibatch in enumerate(batch.unbind(0)):
             data.check_stop(rest=batch[i:])
+            skipped = False
             for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
                 loss, metrics = self.loss.term_loss(term, minibatch)
                 optimizer.zero_grad()
                 self.manual_backward(loss)
                 optimizer.step()
+                if self._overflowed(term):
+                    skipped = True
+                    continue
                 self.metrics |= {
                     f"loss/{term}": loss.detach(),
                     **{f"update/{k}": v for k, v in metrics.items()},
                 }
-            self.loss.update_targets()
+            if not skipped:
+                self.loss.update_targets()
             for scheduler in schedulers:
                 scheduler.step()
+
+    @full_precision
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Outside of autocast, where a training step is: each gradient in the precision of its forward pass."""
+        super().backward(loss, *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the optimizer's gradients, from which the loss scale has been taken out."""
+        if self.gradient_clip_val is not None:
+            self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
+
+    def _overflowed(self, term: str) -> bool:
+        """Whether the loss scaler of 16-mixed skipped the step just made, as gradients of ``term`` were not finite.
+
+        It says so at the first, second, fourth, eighth ... skipped step: in a long run the scale grows until one is
+        skipped, again and again.
+
+        Raises:
+            TrainingFault: when a lower scale has not helped for many steps.
+        """
+        if self.trainer.scaler is None:
+            return False
+        before, self._loss_scale = self._loss_scale, self.trainer.scaler.get_scale()
+        if self._loss_scale >= before:
+            self._skipped_in_a_row[term] = 0
+            return False
+        self._skipped_in_a_row[term] += 1
+        self.skipped_steps += 1
+        frames, in_a_row = datamodule_of(self.trainer).progress.frames, self._skipped_in_a_row[term]
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingFault(
+                f"training diverged: the gradients of loss/{term} are NaN or infinite at frame {frames}, "
+                f"{in_a_row} times in a row, also with a loss scale of {self._loss_scale:g}"
+            )
+        if self.skipped_steps.bit_count() == 1:
+            log.warning(
+                "the gradients of loss/%s overflowed at frame %d: the step was skipped (%d in all), and the loss scale "
+                "is %g from now on",
+                term,
+                frames,
+                self.skipped_steps,
+                self._loss_scale,
+            )
+        return True
 
     def validation_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
         """Log the evaluated episodes of each selector; ``eval/return`` is the first one's."""
@@ -108,24 +190,36 @@ class OffPolicyModule(LightningModule):
 
     def on_train_start(self) -> None:
         datamodule_of(self.trainer).start()
+        if self.trainer.scaler is not None:
+            self._loss_scale = self.trainer.scaler.get_scale()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.run_identity(self.trainer)
         checkpoint["metrics"] = self.metrics
+        checkpoint["skipped_steps"] = self.skipped_steps
         data = datamodule_of(self.trainer)
         put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.batches)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.metrics = checkpoint["metrics"]
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)  # absent in checkpoints from before there was a scaler
+        floats = (value for value in checkpoint["state_dict"].values() if value.is_floating_point())
+        self.to(next(floats).dtype)  # Lightning converts to float64 only after it has loaded
 
-    @staticmethod
-    def run_identity(trainer: Trainer) -> dict[str, Any]:
+    def run_identity(self, trainer: Trainer) -> dict[str, Any]:
         """What belongs to a run's identity besides the hyper-parameters."""
-        return {"seed_everything": global_seed(), "trainer.precision": str(trainer.precision)}
+        return {
+            "seed_everything": global_seed(),
+            "trainer.precision": str(trainer.precision),
+            "trainer.gradient_clip_val": self.gradient_clip_val,
+            "trainer.gradient_clip_algorithm": self.gradient_clip_algorithm,
+        }
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """Adam for every term of the loss: ``critic_lr`` for qvalue; ``actor_lr``, with its decay, for any other."""
         decay = self.hparams["actor_lr_decay_updates"]
+        # a fused step takes the loss scale out of the gradients itself, when it is too late to clip them
+        fused = self.gradient_clip_val is None or self.trainer.scaler is None
 
         def cosine(update: int) -> float:
             return 0.5 * (1 + math.cos(math.pi * min(update / decay, 1))) if decay else 1.0
@@ -134,7 +228,7 @@ class OffPolicyModule(LightningModule):
             term: Adam(
                 [p for module in self.loss.term_modules(term) for p in module.parameters()],
                 self.hparams["critic_lr"] if term == "qvalue" else self.hparams["actor_lr"],
-                fused=True,
+                fused=fused,
             )
             for term in self.loss.terms
         }
