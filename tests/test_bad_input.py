@@ -65,6 +65,7 @@ CASES = {
     "half precision": ([*PENDULUM, "--trainer.precision", "16-true"], "trainer.precision is '16-true': choose 32-true"),
     "zero clipping": ([*PENDULUM, "--trainer.gradient_clip_val", "0"], "trainer.gradient_clip_val is 0: .* or null"),
     "unknown clipping": ([*PENDULUM, "--trainer.gradient_clip_algorithm", "x"], "clip_algorithm is 'x': choose norm"),
+    "an average of nothing": ([*PENDULUM, "--model.ema", "1"], "model.ema is 1.0: .* such as 0.999, or null"),
 }
 
 

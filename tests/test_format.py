@@ -48,8 +48,9 @@ def test_a_run_in_the_first_format_is_evaluated(run: Path, tmp_path: Path) -> No
 
 
 def test_a_run_in_the_first_format_has_settings_that_came_later_at_their_defaults(run: Path, tmp_path: Path) -> None:
-    settings = ["--data.total_frames=70", "--trainer.gradient_clip_val=1.0"]
+    settings = ["--data.total_frames=70", "--model.ema=0.9", "--trainer.gradient_clip_val=1.0"]
     out = fit(tmp_path, "--resume", run, *settings, status=2)
+    assert "model.ema (None there, 0.9 here)" in out
     assert "trainer.gradient_clip_val (None there, 1.0 here)" in out
     assert "trainer.gradient_clip_algorithm (None there, 'norm' here)" in out
 

@@ -199,7 +199,7 @@ def test_an_overflow_skips_the_step_and_says_so(
     term: str, clip: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.manual_seed(0)
-    module = OffPolicyModule(3, 1, partial(Planted, term=term, at=(5,), **SIZES))
+    module = OffPolicyModule(3, 1, partial(Planted, term=term, at=(5,), **SIZES), ema=0.9)
     module.set_gradient_clipping(clip)
     seen = Seen()
     with caplog.at_level(logging.WARNING):

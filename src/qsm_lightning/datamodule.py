@@ -335,7 +335,9 @@ class OffPolicyDataModule(LightningDataModule):
             policy = self._loss.evaluation_policy(selector, self.eval_candidates)
             return run_episodes(self._eval_env, policy, env_seed, noise_seed, self.check_stop)
 
-        evaluated = {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
+        assert self.trainer is not None
+        with self.trainer.lightning_module.averaged_weights():  # type: ignore[operator]
+            evaluated = {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
         self.progress.evaluated = self.progress.frames
         return evaluated
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -20,6 +22,7 @@ from qsm_lightning import trust
 from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import SettingError, TrainingFault, require, require_positive
 from qsm_lightning.losses import QSM, OffPolicyLoss
+from qsm_lightning.losses.base import polyak_update
 from qsm_lightning.precision import full_precision
 from qsm_lightning.seeding import global_seed
 
@@ -40,6 +43,8 @@ class OffPolicyModule(LightningModule):
         critic_lr: learning rate of the critics.
         actor_lr: learning rate of the denoiser.
         actor_lr_decay_updates: updates over which the denoiser's rate falls to 0 along a cosine; 0 keeps it constant.
+        ema: decay per update, in (0, 1), of an exponential moving average of the denoiser's weights, which is then what
+            is evaluated; none by default.
 
     Raises:
         SettingError: for a value out of range.
@@ -55,6 +60,7 @@ class OffPolicyModule(LightningModule):
         critic_lr: float = 3e-4,
         actor_lr: float = 3e-4,
         actor_lr_decay_updates: int = 2_000_000,
+        ema: float | None = None,
     ) -> None:
         super().__init__()
         require_positive(model__critic_lr=critic_lr, model__actor_lr=actor_lr)
@@ -62,6 +68,7 @@ class OffPolicyModule(LightningModule):
             actor_lr_decay_updates >= 0,
             f"model.actor_lr_decay_updates is {actor_lr_decay_updates}: it must not be negative",
         )
+        require(ema is None or 0 < ema < 1, f"model.ema is {ema}: it must be between 0 and 1, such as 0.999, or null")
         self.automatic_optimization = False
         self.save_hyperparameters()
         self.hparams.pop("_instantiator", None)
@@ -71,6 +78,8 @@ class OffPolicyModule(LightningModule):
             self.loss = loss_from_spec(loss)(observation_dim, action_dim)
         except SettingError as error:  # its message begins with the setting's name
             raise SettingError(f"model.loss.{error}") from error
+        if ema is not None:
+            self.averages = nn.ModuleList(map(deepcopy, self._averaged)).requires_grad_(False)
         self.metrics: dict[str, Tensor] = {}
         self.skipped_steps = 0
         self._skipped_in_a_row: Counter[str] = Counter()
@@ -120,6 +129,7 @@ class OffPolicyModule(LightningModule):
                 }
             if not skipped:
                 self.loss.update_targets()
+                self._update_averages()
             for scheduler in schedulers:
                 scheduler.step()
 
@@ -234,6 +244,37 @@ class OffPolicyModule(LightningModule):
         }
         decayed: list[LRScheduler] = [LambdaLR(o, cosine) for term, o in optimizers.items() if term != "qvalue"]
         return list(optimizers.values()), decayed
+
+    # The average of the denoiser's weights.
+
+    @property
+    def _averaged(self) -> list[nn.Module]:
+        """The modules that act: those of every term but the critics'."""
+        return [module for term in self.loss.terms if term != "qvalue" for module in self.loss.term_modules(term)]
+
+    def _update_averages(self) -> None:
+        """average <- ema average + (1 - ema) online."""
+        if self.hparams["ema"] is not None:
+            for online, average in zip(self._averaged, self.averages, strict=True):
+                polyak_update(online, average, 1 - self.hparams["ema"])
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the loss's policies act with the averaged weights, and afterwards with the trained ones again.
+
+        Without ``ema`` it changes nothing.
+        """
+        self._swap_averages()
+        try:
+            yield
+        finally:
+            self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        if self.hparams["ema"] is not None:
+            for online, average in zip(self._averaged, self.averages, strict=True):
+                for p, q in zip(online.parameters(), average.parameters(), strict=True):
+                    p.data, q.data = q.data, p.data
 
 
 def put_at_start_of_epoch(fit_loop: dict[str, Any], epoch: int, batches_done: int) -> None:

@@ -23,7 +23,7 @@ FREE = {
 }
 
 # What settings are in checkpoints from before there were these settings.
-BEFORE = {"trainer.gradient_clip_val": None, "trainer.gradient_clip_algorithm": None}
+BEFORE = {"model.ema": None, "trainer.gradient_clip_val": None, "trainer.gradient_clip_algorithm": None}
 
 
 def run_of(path: str) -> tuple[Path, str]:
