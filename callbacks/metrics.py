@@ -66,6 +66,9 @@ class TrainingMetrics(Callback):
             "speed/updates_per_s": (data.progress.updates - self._start_updates) / seconds,
         }
         metrics |= {key: sum(rank["losses"][key] for rank in ranks) / len(ranks) for key in ranks[0]["losses"]}
+        if trainer.scaler is not None:
+            metrics["update/loss_scale"] = trainer.scaler.get_scale()
+            metrics["update/skipped_steps"] = pl_module.skipped_steps
         for term, optimizer in zip(pl_module.loss.terms, trainer.optimizers, strict=True):  # type: ignore[union-attr, arg-type]
             metrics[f"lr/{term}"] = optimizer.param_groups[0]["lr"]
         for logger in trainer.loggers:

@@ -66,7 +66,8 @@ class PolicyPicture(Callback):
                 if self._observations is None:
                     rows = torch.linspace(0, len(data.buffer) - 1, self.states).long()
                     self._observations = data.buffer[rows]["observation"].clone()
-                figure = draw_policy(loss, self._observations, self.samples)
+                with pl_module.averaged_weights():  # type: ignore[operator]
+                    figure = draw_policy(loss, self._observations, self.samples)
                 with contextlib.suppress(OSError):  # a full disk costs a picture
                     logger.experiment.add_figure("policy", figure, data.progress.frames)
 
@@ -84,8 +85,7 @@ def draw_policy(loss: OffPolicyLoss, observations: Tensor, samples: int = 200) -
 
     The loss must offer ``critics`` and ``q_gradient``, as :class:`~qsm_lightning.losses.QSMLoss` does.
     """
-    device = next(loss.denoiser.parameters()).device
-    observations = observations.to(device)
+    observations = observations.to(next(loss.denoiser.parameters()))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         policy = loss.evaluation_policy()

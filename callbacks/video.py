@@ -51,7 +51,8 @@ class EvaluationVideo(Callback):
         data = datamodule_of(trainer)
         policy = pl_module.loss.evaluation_policy()  # type: ignore[union-attr, operator]
         record = partial(record_episode, data.env_name, policy, self.seed, self.seed, self.max_frames, every=4)
-        frames, _ = data.surviving(record, lambda: None)
+        with pl_module.averaged_weights():  # type: ignore[operator]
+            frames, _ = data.surviving(record, lambda: None)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 with contextlib.suppress(OSError):  # a full disk costs a picture

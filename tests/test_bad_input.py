@@ -70,6 +70,11 @@ CASES = {
         "data.batch_size is 255.*over all 2 processes.*such as 256",
     ),
     "no devices": ([*PENDULUM, "--trainer.devices", "0"], "devices"),
+    "unknown precision": ([*PENDULUM, "--trainer.precision", "8"], "trainer.precision is '8'.*'bf16-mixed'"),
+    "half precision": ([*PENDULUM, "--trainer.precision", "16-true"], "trainer.precision is '16-true': choose 32-true"),
+    "zero clipping": ([*PENDULUM, "--trainer.gradient_clip_val", "0"], "trainer.gradient_clip_val is 0: .* or null"),
+    "unknown clipping": ([*PENDULUM, "--trainer.gradient_clip_algorithm", "x"], "clip_algorithm is 'x': choose norm"),
+    "an average of nothing": ([*PENDULUM, "--model.ema", "1"], "model.ema is 1.0: .* such as 0.999, or null"),
 }
 
 
@@ -104,9 +109,9 @@ def test_a_folder_named_like_a_configuration_does_not_hide_it(command: Command, 
 
 
 def test_what_lightning_refuses_at_the_start_of_training(command: Command) -> None:
-    result = command("qsm-fit", *PENDULUM, *SHRINK, "--trainer.gradient_clip_val", "1")
+    result = command("qsm-fit", *PENDULUM, *SHRINK, "--trainer.accumulate_grad_batches", "2")
     assert result.returncode == 2
-    assert "gradient" in result.stderr.splitlines()[-1]
+    assert "accumulate" in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 
@@ -114,6 +119,14 @@ def test_what_lightning_refuses_at_the_start_of_training(command: Command) -> No
 def test_a_gpu_that_is_not_there(command: Command, tmp_path: Path) -> None:
     args = [*PENDULUM, "--trainer.accelerator", "gpu"]
     check_refused(command, tmp_path, "qsm-fit", args, "trainer.accelerator is 'gpu'.*no GPU")
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16"])
+def test_loss_scaling_on_a_cpu(precision: str, command: Command, tmp_path: Path) -> None:
+    args = [*PENDULUM, "--trainer.accelerator=cpu", f"--trainer.precision={precision}"]
+    check_refused(
+        command, tmp_path, "qsm-fit", args, f"trainer.precision is '?{precision}.*GPU: use bf16-mixed on a CPU"
+    )
 
 
 @pytest.mark.parametrize(

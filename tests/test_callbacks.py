@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import signal
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,14 @@ def stand_in(frames: int = 0, **settings: Any) -> Mock:
     data.ranks, data.stop_signal, data.save_wanted, data.save_agreed = Ranks(), None, False, False
     data.agree.side_effect = partial(OffPolicyDataModule.agree, data)
     data.configure_mock(**settings)
-    return Mock(datamodule=data, loggers=[Mock()], is_global_zero=True, sanity_checking=False, fast_dev_run=False)
+    return Mock(
+        datamodule=data,
+        loggers=[Mock()],
+        is_global_zero=True,
+        sanity_checking=False,
+        fast_dev_run=False,
+        scaler=None,
+    )
 
 
 def test_a_diverged_loss_stops_with_its_name_and_frame() -> None:
@@ -211,7 +219,7 @@ def test_the_picture_is_written_to_tensorboard_with_frames_as_the_step(tmp_path:
     logger.experiment.add_figure = add  # type: ignore[method-assign]
     callback = cb.PolicyPicture(every_evaluations=2, states=2, samples=10)
     for _ in range(4):
-        callback.on_validation_end(trainer, Mock(loss=loss))
+        callback.on_validation_end(trainer, Mock(loss=loss, averaged_weights=nullcontext))
     assert [call.args[0] for call in add.call_args_list] == ["policy"] * 2
     assert add.call_args.args[2] == 500
     restored = cb.PolicyPicture(every_evaluations=2)

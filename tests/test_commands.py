@@ -27,6 +27,7 @@ from tests.conftest import Command
 from tests.helpers import SHRINK, environment, needs_dmc
 from tests.processes import fit
 
+GPU = torch.cuda.is_available()
 TINY = ["--config", "pendulum", *SHRINK, "--metrics.every_frames=10"]
 
 
@@ -274,9 +275,17 @@ def test_help_and_print_config_read_well(command: Command) -> None:
 
 
 @pytest.mark.slow
-def test_the_shipped_pendulum_run_learns(command: Command) -> None:
-    """The README's first command: from about -1200 to better than -250."""
-    result = command("qsm-fit", "--config", "pendulum", timeout=900)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "precision",
+    [
+        *("32-true", "64-true", "bf16-mixed"),
+        pytest.param("16-mixed", marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="there is no GPU")]),
+    ],
+)
+def test_the_shipped_pendulum_run_learns(precision: str, command: Command) -> None:
+    """The README's first command, in every precision: from about -1200 to better than -250."""
+    result = command("qsm-fit", "--config", "pendulum", "--trainer.precision", precision, timeout=1800)
     assert result.returncode == 0, result.stderr
     first = float(re.search(r"return (-?[\d.]+)", result.stdout)[1])  # type: ignore[index]
     final = float(re.search(r"final return: (-?[\d.]+)", result.stdout)[1])  # type: ignore[index]

@@ -47,6 +47,14 @@ def test_a_run_in_the_first_format_is_evaluated(run: Path, tmp_path: Path) -> No
     assert result["length"] == 200
 
 
+def test_a_run_in_the_first_format_has_settings_that_came_later_at_their_defaults(run: Path, tmp_path: Path) -> None:
+    settings = ["--data.total_frames=70", "--model.ema=0.9", "--trainer.gradient_clip_val=1.0"]
+    out = fit(tmp_path, "--resume", run, *settings, status=2)
+    assert "model.ema (None there, 0.9 here)" in out
+    assert "trainer.gradient_clip_val (None there, 1.0 here)" in out
+    assert "trainer.gradient_clip_algorithm (None there, 'norm' here)" in out
+
+
 def test_a_run_in_the_first_format_goes_on(run: Path, tmp_path: Path) -> None:
     before = state(run)["OffPolicyDataModule"]["ranks"][0]
     out = fit(tmp_path, "--resume", run, "--data.total_frames=70")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.plugins import MixedPrecision
+from torch import nn
 
+from qsm_lightning import evaluate_command
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.errors import SettingError
+from qsm_lightning.errors import Interrupted, SettingError
+from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import QSM
 from qsm_lightning.module import OffPolicyModule, loss_from_spec, loss_spec
 
@@ -39,8 +45,20 @@ def test_the_actors_rate_follows_a_cosine_to_zero_and_stays_there(decay: int) ->
         scheduler.step()
 
 
-def test_a_training_step_is_the_plain_loop(tmp_path: Path) -> None:
-    """30 updates by the Trainer equal the same updates written out with two Adams, bitwise."""
+def clipped(gradients: list[torch.Tensor], value: float, algorithm: str | None) -> list[torch.Tensor]:
+    """The gradients of one optimizer, scaled down to a norm of ``value`` over all of them, or each entry cut."""
+    if algorithm == "value":
+        return [g.clamp(-value, value) for g in gradients]
+    norm = sum(g.square().sum() for g in gradients) ** 0.5
+    return [g * min(1.0, value / float(norm)) for g in gradients]
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize(("clip", "algorithm"), [(None, None), (0.5, None), (0.02, "value")])
+def test_a_training_step_is_the_plain_loop(
+    clip: float | None, algorithm: Literal["value"] | None, scaled: bool, tmp_path: Path
+) -> None:
+    """30 updates by the Trainer equal the same updates written out with two Adams; bitwise, but for clipping."""
 
     class Recorded(OffPolicyDataModule):
         given: list[torch.Tensor] = []
@@ -55,27 +73,48 @@ def test_a_training_step_is_the_plain_loop(tmp_path: Path) -> None:
     data = Recorded("Pendulum-v1", 1, 5, 50, 20, 8, utd=1, eval_every_frames=1000, eval_episodes=1)
     torch.manual_seed(0)
     module = OffPolicyModule(3, 1, SMALL, actor_lr_decay_updates=50)
+    module.set_gradient_clipping(clip, algorithm)
     torch.manual_seed(0)
     plain = SMALL(3, 1)
     Trainer(
-        max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 64.0))] if scaled else None,
+        default_root_dir=tmp_path,
     ).fit(module, data)
     critic = torch.optim.Adam(plain.critics.parameters(), 3e-4, fused=True)
     actor = torch.optim.Adam(plain.denoiser.parameters(), 3e-4, fused=True)
-    updates = 0
+    updates = cuts = 0
     for batch, state in zip(data.given, data.states, strict=True):
         torch.set_rng_state(state)
         for row in batch:
             actor.param_groups[0]["lr"] = 3e-4 * 0.5 * (1 + math.cos(math.pi * updates / 50))
             for loss_of, optimizer in ((plain.qvalue_loss, critic), (plain.actor_loss, actor)):
                 optimizer.zero_grad()
-                loss_of(row)[0].backward()
+                with torch.autocast("cpu", torch.float16, enabled=scaled, cache_enabled=False):
+                    loss = loss_of(row)[0]
+                (loss * (64 if scaled else 1)).backward()
+                parameters = optimizer.param_groups[0]["params"]
+                for p in parameters:
+                    p.grad = p.grad / (64 if scaled else 1)
+                if clip is not None:
+                    cut = clipped([p.grad for p in parameters], clip, algorithm)
+                    for p, g in zip(parameters, cut, strict=True):
+                        cuts += int(not torch.equal(p.grad, g))
+                        p.grad = g
                 optimizer.step()
             plain.update_targets()
             updates += 1
     assert updates == 30
-    trained = module.loss.state_dict()
-    assert all(torch.equal(value, trained[key]) for key, value in plain.state_dict().items())
+    assert (cuts > 100) == (clip is not None)
+    trained, written_out = module.loss.state_dict(), plain.state_dict()
+    for key, value in written_out.items():
+        if clip is None:
+            assert torch.equal(value, trained[key])
+        else:
+            torch.testing.assert_close(value, trained[key])
 
 
 def test_hyper_parameters_rebuild_the_module_through_a_safe_file() -> None:
@@ -106,3 +145,114 @@ def test_rates_must_be_positive(name: str) -> None:
 def test_a_losss_setting_is_named_in_full() -> None:
     with pytest.raises(SettingError, match=r"model\.loss\.T is 0"):
         OffPolicyModule(3, 2, partial(QSM, T=0))
+
+
+@pytest.mark.parametrize("settings", [(0.0, None), (-1.0, None), (math.nan, None), (1.0, "mean")])
+def test_clipping_out_of_range_is_refused(settings: Any) -> None:
+    with pytest.raises(SettingError, match="trainer.gradient_clip_"):
+        OffPolicyModule(3, 2, SMALL).set_gradient_clipping(*settings)
+
+
+@pytest.mark.parametrize("ema", [0, 1, -0.5, 2, math.nan])
+def test_the_decay_of_the_average_lies_between_0_and_1(ema: float) -> None:
+    with pytest.raises(SettingError, match="model.ema is"):
+        OffPolicyModule(3, 2, SMALL, ema=ema)
+
+
+# The average of the denoiser's weights.
+
+
+class Weights(Callback):
+    """The denoiser's weights when training begins and after every batch of one update."""
+
+    def __init__(self) -> None:
+        self.denoiser: list[list[torch.Tensor]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.denoiser.append(copied(pl_module.loss.denoiser))  # type: ignore[union-attr, arg-type]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.denoiser.append(copied(pl_module.loss.denoiser))  # type: ignore[union-attr, arg-type]
+
+
+def copied(module: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def trained_with_average(folder: Path, *callbacks: Callback) -> OffPolicyModule:
+    """20 frames of warm-up, and 10 of an update each, with an evaluation at the end."""
+    torch.manual_seed(0)
+    module = OffPolicyModule(3, 1, SMALL, critic_lr=1e-2, actor_lr=1e-2, ema=0.7)
+    data = OffPolicyDataModule("Pendulum-v1", 1, 1, 30, 20, 8, eval_every_frames=30, eval_episodes=1)
+    Trainer(
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+        default_root_dir=folder,
+    ).fit(module, data)
+    return module
+
+
+def test_the_average_is_exponential_over_updates(tmp_path: Path) -> None:
+    weights = Weights()
+    module = trained_with_average(tmp_path, weights)
+    first, *after = weights.denoiser[20:]  # before the first update, and after each of ten
+    assert len(after) == 10
+    for i, average in enumerate(module.averages.parameters()):
+        expected = 0.7**10 * first[i] + sum(0.3 * 0.7 ** (9 - n) * after[n][i] for n in range(10))
+        torch.testing.assert_close(average, expected)
+        assert not average.requires_grad
+        assert not torch.equal(average, after[-1][i])
+
+
+def test_evaluation_uses_the_average_and_collection_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also qsm-eval, and an evaluation that is interrupted leaves every weight in its place."""
+    acting: list[list[torch.Tensor]] = []
+
+    def spy(env: Any, policy: Any, *args: Any) -> dict[str, torch.Tensor]:
+        acting.append(copied(policy.sampler.denoiser))
+        return run_episodes(env, policy, *args)
+
+    monkeypatch.setattr("qsm_lightning.datamodule.run_episodes", spy)
+    weights = Weights()
+    module = trained_with_average(tmp_path, weights)
+    online, average = copied(module.loss.denoiser), copied(module.averages)  # type: ignore[arg-type]
+    assert len(acting) == 2, "one evaluation with each selector"
+    assert all(map(torch.equal, acting[0] + acting[1], average + average))
+    assert all(map(torch.equal, online, weights.denoiser[-1]))
+    collecting = module.loss.exploration_policy()
+    with contextlib.suppress(Interrupted), module.averaged_weights():
+        assert all(map(torch.equal, collecting.parameters(), average))
+        raise Interrupted(15)
+    assert all(map(torch.equal, collecting.parameters(), online))
+    assert all(map(torch.equal, module.averages.parameters(), average))
+    state = {
+        "hyper_parameters": dict(module.hparams),
+        "datamodule_hyper_parameters": {"env": "Pendulum-v1"},
+        "state_dict": module.state_dict(),
+        "OffPolicyDataModule": {"progress": {"frames": 30}},
+    }
+    torch.save(state, tmp_path / "weights.ckpt")
+    acting.clear()
+    monkeypatch.setattr(evaluate_command, "run_episodes", spy)
+    evaluate_command.run([str(tmp_path / "weights.ckpt"), "--episodes=1"])
+    assert all(map(torch.equal, acting[0], average))
+
+
+def test_the_average_is_saved_and_without_it_nothing_is_added() -> None:
+    plain, averaged = OffPolicyModule(3, 2, SMALL), OffPolicyModule(3, 2, SMALL, ema=0.9)
+    assert all(key.startswith("loss.") for key in plain.state_dict())
+    added = averaged.state_dict().keys() - plain.state_dict().keys()
+    denoiser = {key.removeprefix("loss.denoiser.") for key in plain.state_dict() if key.startswith("loss.denoiser.")}
+    assert added == {f"averages.0.{key}" for key in denoiser}
+    again = OffPolicyModule(**dict(averaged.hparams))
+    again.load_state_dict(averaged.state_dict())
+    assert all(map(torch.equal, again.averages.parameters(), averaged.averages.parameters()))
+    (critic, actor), _ = averaged.configure_optimizers()
+    optimized = {id(p) for o in (critic, actor) for group in o.param_groups for p in group["params"]}
+    assert not optimized & {id(p) for p in averaged.averages.parameters()}
+    with plain.averaged_weights():
+        pass

@@ -70,28 +70,34 @@ def as_reference(name: str, value: Tensor) -> np.ndarray:
     return array.T if is_dense_kernel(name) else array
 
 
-@lru_cache
-def reproduced(case: str, dtype: torch.dtype) -> dict[str, np.ndarray]:
-    """Everything the reference file holds, computed by this package from its weights, batch and noise."""
+def rebuilt(case: str, dtype: torch.dtype) -> tuple[QSMLoss, dict[str, Tensor]]:
+    """The loss with the reference file's weights, and the arrays of that file."""
     ref = reference(case)
     _, schedule_name, steps = case.split("_")
     x = {k: torch.from_numpy(v).to(dtype if v.dtype == np.float64 else None) for k, v in ref.items()}
-    observation, action = x["batch/observation"], x["batch/action"]
-    next_observation = x["batch/next_observation"]
+    observation_dim, action_dim = x["batch/observation"].shape[1], x["batch/action"].shape[1]
     widths = [ref[f"denoiser/MLP_1/Dense_{i}/kernel"].shape[1] for i in range(2)]
     with default_dtype(dtype):
-        schedule = NoiseSchedule(schedule_name, int(steps[1:]))  # type: ignore[arg-type]
         loss = QSMLoss(
-            Denoiser(observation.shape[1], action.shape[1], widths, time_dim=16),
-            Critics(observation.shape[1], action.shape[1], widths),
-            schedule,
+            Denoiser(observation_dim, action_dim, widths, time_dim=16),
+            Critics(observation_dim, action_dim, widths),
+            NoiseSchedule(schedule_name, int(steps[1:])),  # type: ignore[arg-type]
             gamma=float(ref["td/gamma"]),
             m_q=float(ref["score/m_q"]),
             temperature=0.5 if case.startswith("pendulum") else 1.0,
         )
-    names = weights(loss)
-    for name, parameter in names.items():
+    for name, parameter in weights(loss).items():
         parameter.data.copy_(x[name].T if is_dense_kernel(name) else x[name])
+    return loss, x
+
+
+@lru_cache
+def reproduced(case: str, dtype: torch.dtype) -> dict[str, np.ndarray]:
+    """Everything the reference file holds, computed by this package from its weights, batch and noise."""
+    loss, x = rebuilt(case, dtype)
+    schedule, names = loss.schedule, weights(loss)
+    observation, action = x["batch/observation"], x["batch/action"]
+    next_observation = x["batch/next_observation"]
     out = {k: getattr(schedule, k) for k in ("betas", "alphas", "alpha_hats")}
     out["denoiser_out"] = torch.stack(
         [loss.denoiser(observation, action, torch.tensor([t])) for t in range(schedule.T)]

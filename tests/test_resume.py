@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import time
@@ -31,6 +32,9 @@ EXACT = {
     "fractional utd": (["--data.utd=0.3"], [45, 61]),
     "several updates a frame": (["--data.utd=3"], [45]),
     "a ring that wraps": (["--data.buffer_size=33"], [15, 45, 75]),
+    "float64": (["--trainer.precision=64-true"], [15, 45]),
+    "bfloat16": (["--trainer.precision=bf16-mixed"], [45]),
+    "averaged and clipped": (["--model.ema=0.9", "--trainer.gradient_clip_val=0.5"], [45, 60]),
     "an environment's own state": (["--data.env=tests.fake_envs:Wanderer-v0", "--data.frames_per_batch=3"], [18, 48]),
 }
 
@@ -109,6 +113,23 @@ def test_a_signal_stops_with_a_checkpoint_from_anywhere(place: str, signum: int,
     fit(tmp_path / "two", *stopped.text.split("resume with: qsm-fit ")[1].split())
     assert whole.wait() == 0
     assert_same(run_folder(tmp_path / "one"), run)
+
+
+@pytest.mark.parametrize("utd", [3, 0.5])
+def test_the_learning_rate_goes_by_updates_also_after_a_resume(utd: float, tmp_path: Path) -> None:
+    """As logged: the denoiser's on its cosine, the critics' constant."""
+    settings = [f"--data.utd={utd}", "--model.actor_lr=0.002", "--model.actor_lr_decay_updates=100"]
+    fit(tmp_path, *TINY, *settings)
+    run = run_folder(tmp_path)
+    fit(tmp_path, "--resume", run, "--data.total_frames=120")
+    logged = [row for row in rows(run) if "lr/actor" in row]
+    assert [float(row["step"]) for row in logged] == list(range(10, 121, 10))
+    for row in logged:
+        updates = math.floor(utd * max(0, float(row["step"]) - 40))
+        assert float(row["train/updates"]) == updates
+        expected = 0.002 * 0.5 * (1 + math.cos(math.pi * min(updates / 100, 1)))
+        assert float(row["lr/actor"]) == pytest.approx(expected, abs=1e-9)
+        assert float(row["lr/qvalue"]) == 3e-4
 
 
 def test_sigusr1_writes_a_checkpoint_and_goes_on(tmp_path: Path) -> None:

@@ -341,6 +341,9 @@ CHANGES: dict[str, tuple[str, str, str]] = {  # option: value there, here, and a
     "data.init_random_frames": ("40", "30", "30"),
     "seed_everything": ("0", "5", "5"),
     "trainer.precision": ("'32-true'", "'64-true'", "64"),
+    "trainer.gradient_clip_val": ("None", "1.0", "1.0"),
+    "trainer.gradient_clip_algorithm": ("None", "'value'", "value"),
+    "model.ema": ("None", "0.9", "0.9"),
 }
 
 

@@ -31,6 +31,7 @@ from qsm_lightning.loggers import run_loggers
 from qsm_lightning.losses import QSM, QSMLoss
 from qsm_lightning.messages import ParserErrors, loss_settings, one_line, shipped_config
 from qsm_lightning.module import OffPolicyModule
+from qsm_lightning.precision import check_precision
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,9 @@ class FitCLI(LightningCLI):
             settings["accelerator"] not in ("gpu", "cuda") or torch.cuda.is_available(),
             f"trainer.accelerator is {settings['accelerator']!r}: there is no GPU here; use cpu or auto",
         )
+        check_precision(settings["precision"], settings["accelerator"])
+        self.model.set_gradient_clipping(settings["gradient_clip_val"], settings["gradient_clip_algorithm"])
+        kwargs |= {"gradient_clip_val": None, "gradient_clip_algorithm": None}  # refused in manual optimization
         if settings["logger"] in (None, True):
             name = self.config["name"] or run_name(self.config["data"]["env"])
             kwargs["logger"] = run_loggers(self.checkpoint.run if self.checkpoint else None, self._root, name)

@@ -287,7 +287,11 @@ class OffPolicyDataModule(LightningDataModule):
         return SizedStream(1, self.evaluate)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch.to(device) if isinstance(batch, TensorDictBase) else batch
+        if not isinstance(batch, TensorDictBase):
+            return batch
+        if not batch.batch_size:  # what Lightning's conversion to float64 leaves of [u, batch_size]
+            batch.batch_size = [len(batch["action"]) if "action" in batch else 0, self._rank_batch]
+        return batch.to(device)
 
     # Data flow.
 
@@ -376,7 +380,9 @@ class OffPolicyDataModule(LightningDataModule):
             return run_episodes(self._eval_env, policy, env_seed, noise_seed, self._leave)
 
         def selectors() -> dict[str, dict[str, torch.Tensor]]:
-            return {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
+            assert self.trainer is not None
+            with self.trainer.lightning_module.averaged_weights():  # type: ignore[operator]
+                return {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
 
         evaluated = self.together(selectors)
         self.check_stop()

@@ -99,7 +99,7 @@ def run(args: list[str] | None = None) -> None:
         check_renderable(name)
     try:
         module = OffPolicyModule(**checkpoint["hyper_parameters"])
-        module.load_state_dict(checkpoint["state_dict"])
+        module.load_state_dict(checkpoint["state_dict"], assign=True)  # in the precision it was trained in
     except (TypeError, KeyError, RuntimeError, AttributeError) as error:
         what = " ".join(str(error).split())
         raise SettingError(f"{path} has settings that qsm-fit does not write ({what}); choose another") from error
@@ -107,18 +107,19 @@ def run(args: list[str] | None = None) -> None:
     env_seed = derive_seed(options.seed, 0, Purpose.REPORT_ENV)
     noise_seed = derive_seed(options.seed, 0, Purpose.REPORT_NOISE)
     env = make_env(name, options.episodes)
-    result = {
-        "checkpoint": str(path.parent if path.name == checkpoints.STATE else path),
-        "env": name,
-        "frames": Progress(**checkpoint[OffPolicyDataModule.__qualname__]["progress"]).frames,
-        "selector": options.selector,
-        **summary(run_episodes(env, policy, env_seed, noise_seed)),
-    }
-    env.close()
-    if options.video:
-        frames, result["video_return"] = record_episode(name, policy, env_seed, noise_seed)
-        write_video(options.video, frames)
-        result["video"] = options.video
+    with module.averaged_weights():
+        result = {
+            "checkpoint": str(path.parent if path.name == checkpoints.STATE else path),
+            "env": name,
+            "frames": Progress(**checkpoint[OffPolicyDataModule.__qualname__]["progress"]).frames,
+            "selector": options.selector,
+            **summary(run_episodes(env, policy, env_seed, noise_seed)),
+        }
+        env.close()
+        if options.video:
+            frames, result["video_return"] = record_episode(name, policy, env_seed, noise_seed)
+            write_video(options.video, frames)
+            result["video"] = options.video
     if options.json:
         print(json.dumps(result))
     else:

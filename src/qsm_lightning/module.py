@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -19,7 +23,13 @@ from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.distributed import backward
 from qsm_lightning.errors import SettingError, TrainingFault, require, require_positive
 from qsm_lightning.losses import QSM, OffPolicyLoss
+from qsm_lightning.losses.base import polyak_update
+from qsm_lightning.precision import full_precision
 from qsm_lightning.seeding import global_seed
+
+log = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 20  # from GradScaler's first scale, 65536, down to 0.06
 
 LossFactory = Callable[[int, int], OffPolicyLoss]
 
@@ -34,6 +44,8 @@ class OffPolicyModule(LightningModule):
         critic_lr: learning rate of the critics.
         actor_lr: learning rate of the denoiser.
         actor_lr_decay_updates: updates over which the denoiser's rate falls to 0 along a cosine; 0 keeps it constant.
+        ema: decay per update, in (0, 1), of an exponential moving average of the denoiser's weights, which is then what
+            is evaluated; none by default.
 
     Raises:
         SettingError: for a value out of range.
@@ -49,6 +61,7 @@ class OffPolicyModule(LightningModule):
         critic_lr: float = 3e-4,
         actor_lr: float = 3e-4,
         actor_lr_decay_updates: int = 2_000_000,
+        ema: float | None = None,
     ) -> None:
         super().__init__()
         require_positive(model__critic_lr=critic_lr, model__actor_lr=actor_lr)
@@ -56,6 +69,7 @@ class OffPolicyModule(LightningModule):
             actor_lr_decay_updates >= 0,
             f"model.actor_lr_decay_updates is {actor_lr_decay_updates}: it must not be negative",
         )
+        require(ema is None or 0 < ema < 1, f"model.ema is {ema}: it must be between 0 and 1, such as 0.999, or null")
         self.automatic_optimization = False
         self.save_hyperparameters()
         self.hparams.pop("_instantiator", None)
@@ -65,7 +79,35 @@ class OffPolicyModule(LightningModule):
             self.loss = loss_from_spec(loss)(observation_dim, action_dim)
         except SettingError as error:  # its message begins with the setting's name
             raise SettingError(f"model.loss.{error}") from error
+        if ema is not None:
+            self.averages = nn.ModuleList(map(deepcopy, self._averaged)).requires_grad_(False)
         self.metrics: dict[str, Tensor] = {}
+        self.skipped_steps = 0
+        self._skipped_in_a_row: Counter[str] = Counter()
+        self._loss_scale = 1.0
+        self.set_gradient_clipping(None)
+
+    def set_gradient_clipping(self, value: float | None, algorithm: Literal["norm", "value"] | None = None) -> None:
+        """Clip the gradients of each optimizer, before ``fit``; Lightning's Trainer does not in manual optimization.
+
+        Args:
+            value: greatest norm over all of an optimizer's parameters, or greatest magnitude of each entry; None for
+                no clipping.
+            algorithm: ``norm`` (the default) or ``value``.
+
+        Raises:
+            SettingError: for a value out of range.
+        """
+        require(
+            value is None or value > 0,
+            f"trainer.gradient_clip_val is {value}: it must be greater than 0, or null for no clipping",
+        )
+        require(
+            algorithm in ("norm", "value", None),
+            f"trainer.gradient_clip_algorithm is {algorithm!r}: choose norm or value",
+        )
+        self.gradient_clip_val = value
+        self.gradient_clip_algorithm = None if value is None else algorithm or "norm"
 
     def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
         """As many updates as ``batch`` [u, B] has rows; the last one's losses and metrics are kept, detached."""
@@ -73,18 +115,68 @@ class OffPolicyModule(LightningModule):
         data = datamodule_of(self.trainer)
         for i, minibatch in enumerate(batch.unbind(0)):
             data.check_stop(rest=batch[i:])
+            skipped = False
             for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
                 loss, metrics = self.loss.term_loss(term, minibatch)
                 optimizer.zero_grad()
                 backward(self, loss, optimizer)
                 optimizer.step()
+                if self._overflowed(term):
+                    skipped = True
+                    continue
                 self.metrics |= {
                     f"loss/{term}": loss.detach(),
                     **{f"update/{k}": v for k, v in metrics.items()},
                 }
-            self.loss.update_targets()
+            if not skipped:
+                self.loss.update_targets()
+                self._update_averages()
             for scheduler in schedulers:
                 scheduler.step()
+
+    @full_precision
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Outside of autocast, where a training step is: each gradient in the precision of its forward pass."""
+        super().backward(loss, *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the optimizer's gradients, from which the loss scale has been taken out."""
+        if self.gradient_clip_val is not None:
+            self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
+
+    def _overflowed(self, term: str) -> bool:
+        """Whether the loss scaler of 16-mixed skipped the step just made, as gradients of ``term`` were not finite.
+
+        It says so at the first, second, fourth, eighth ... skipped step: in a long run the scale grows until one is
+        skipped, again and again.
+
+        Raises:
+            TrainingFault: when a lower scale has not helped for many steps.
+        """
+        if self.trainer.scaler is None:
+            return False
+        before, self._loss_scale = self._loss_scale, self.trainer.scaler.get_scale()
+        if self._loss_scale >= before:
+            self._skipped_in_a_row[term] = 0
+            return False
+        self._skipped_in_a_row[term] += 1
+        self.skipped_steps += 1
+        frames, in_a_row = datamodule_of(self.trainer).progress.frames, self._skipped_in_a_row[term]
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingFault(
+                f"training diverged: the gradients of loss/{term} are NaN or infinite at frame {frames}, "
+                f"{in_a_row} times in a row, also with a loss scale of {self._loss_scale:g}"
+            )
+        if self.skipped_steps.bit_count() == 1:
+            log.warning(
+                "the gradients of loss/%s overflowed at frame %d: the step was skipped (%d in all), and the loss scale "
+                "is %g from now on",
+                term,
+                frames,
+                self.skipped_steps,
+                self._loss_scale,
+            )
+        return True
 
     def validation_step(self, batch: dict[str, dict[str, Tensor]], batch_idx: int) -> None:
         """Log the evaluated episodes, of all ranks, of each selector; ``eval/return`` is the first one's."""
@@ -106,24 +198,36 @@ class OffPolicyModule(LightningModule):
 
     def on_train_start(self) -> None:
         datamodule_of(self.trainer).start()
+        if self.trainer.scaler is not None:
+            self._loss_scale = self.trainer.scaler.get_scale()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.run_identity(self.trainer)
         checkpoint["metrics"] = self.metrics
+        checkpoint["skipped_steps"] = self.skipped_steps
         data = datamodule_of(self.trainer)
         put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.batches)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.metrics = checkpoint["metrics"]
+        self.skipped_steps = checkpoint.get("skipped_steps", 0)  # absent in checkpoints from before there was a scaler
+        floats = (value for value in checkpoint["state_dict"].values() if value.is_floating_point())
+        self.to(next(floats).dtype)  # Lightning converts to float64 only after it has loaded
 
-    @staticmethod
-    def run_identity(trainer: Trainer) -> dict[str, Any]:
+    def run_identity(self, trainer: Trainer) -> dict[str, Any]:
         """What belongs to a run's identity besides the hyper-parameters."""
-        return {"seed_everything": global_seed(), "trainer.precision": str(trainer.precision)}
+        return {
+            "seed_everything": global_seed(),
+            "trainer.precision": str(trainer.precision),
+            "trainer.gradient_clip_val": self.gradient_clip_val,
+            "trainer.gradient_clip_algorithm": self.gradient_clip_algorithm,
+        }
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """Adam for every term of the loss: ``critic_lr`` for qvalue; ``actor_lr``, with its decay, for any other."""
         decay = self.hparams["actor_lr_decay_updates"]
+        # a fused step takes the loss scale out of the gradients itself, when it is too late to clip them
+        fused = self.gradient_clip_val is None or self.trainer.scaler is None
 
         def cosine(update: int) -> float:
             return 0.5 * (1 + math.cos(math.pi * min(update / decay, 1))) if decay else 1.0
@@ -132,12 +236,43 @@ class OffPolicyModule(LightningModule):
             term: Adam(
                 [p for module in self.loss.term_modules(term) for p in module.parameters()],
                 self.hparams["critic_lr"] if term == "qvalue" else self.hparams["actor_lr"],
-                fused=True,
+                fused=fused,
             )
             for term in self.loss.terms
         }
         decayed: list[LRScheduler] = [LambdaLR(o, cosine) for term, o in optimizers.items() if term != "qvalue"]
         return list(optimizers.values()), decayed
+
+    # The average of the denoiser's weights.
+
+    @property
+    def _averaged(self) -> list[nn.Module]:
+        """The modules that act: those of every term but the critics'."""
+        return [module for term in self.loss.terms if term != "qvalue" for module in self.loss.term_modules(term)]
+
+    def _update_averages(self) -> None:
+        """average <- ema average + (1 - ema) online."""
+        if self.hparams["ema"] is not None:
+            for online, average in zip(self._averaged, self.averages, strict=True):
+                polyak_update(online, average, 1 - self.hparams["ema"])
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Within it the loss's policies act with the averaged weights, and afterwards with the trained ones again.
+
+        Without ``ema`` it changes nothing.
+        """
+        self._swap_averages()
+        try:
+            yield
+        finally:
+            self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        if self.hparams["ema"] is not None:
+            for online, average in zip(self._averaged, self.averages, strict=True):
+                for p, q in zip(online.parameters(), average.parameters(), strict=True):
+                    p.data, q.data = q.data, p.data
 
 
 def put_at_start_of_epoch(fit_loop: dict[str, Any], epoch: int, batches_done: int) -> None:

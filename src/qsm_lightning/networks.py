@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qsm_lightning.precision import full_precision
+
 TIME_HIDDEN = (128, 128)
 
 
@@ -45,12 +47,16 @@ class MLP(nn.Module):
 
 
 class FourierFeatures(nn.Module):
-    """Learnable Fourier features of the time index: t [B] -> concat(cos f, sin f) [B, dim], f = 2 pi t W."""
+    """Learnable Fourier features of the time index: t [B] -> concat(cos f, sin f) [B, dim], f = 2 pi t W.
+
+    Always in full precision: in bfloat16 f is off by up to 0.04 radians at T = 5, and by more with more steps.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(0.2 * torch.randn(dim // 2, 1))
 
+    @full_precision
     def forward(self, t: Tensor) -> Tensor:
         f = 2 * torch.pi * t[:, None].to(self.weight.dtype) @ self.weight.T
         return torch.cat([f.cos(), f.sin()], -1)

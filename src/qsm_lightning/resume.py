@@ -22,6 +22,9 @@ FREE = {
     *("env_processes", "env_timeout", "env_restarts", "rank_timeout"),
 }
 
+# What settings are in checkpoints from before there were these settings.
+BEFORE = {"model.ema": None, "trainer.gradient_clip_val": None, "trainer.gradient_clip_algorithm": None}
+
 
 def run_of(path: str) -> tuple[Path, str]:
     """The run's folder and the checkpoint, ``last`` by default, that ``--resume`` names.
@@ -108,7 +111,7 @@ def check(checkpoint: Checkpoint, state: dict[str, Any], here: dict[str, Any], t
         here: the settings of this run, from :func:`identity`.
         total_frames: frames to train for.
     """
-    there = dict(identity(state["datamodule_hyper_parameters"], state["hyper_parameters"], state["run"]))
+    there = BEFORE | dict(identity(state["datamodule_hyper_parameters"], state["hyper_parameters"], state["run"]))
     differ = [
         f"{name} ({there[name]!r} there, {here[name]!r} here)"
         for name in sorted(there.keys() & here.keys())
@@ -154,7 +157,7 @@ def identity(data: dict[str, Any], model: dict[str, Any], run: dict[str, Any]) -
     Args:
         data: hyper-parameters of the datamodule.
         model: hyper-parameters of the module.
-        run: seed and precision.
+        run: seed, precision and clipping.
     """
     yield from ((f"data.{name}", _plain(value)) for name, value in data.items() if name not in FREE)
     loss = model["loss"]

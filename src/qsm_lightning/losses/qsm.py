@@ -20,6 +20,7 @@ from qsm_lightning.errors import require, require_positive
 from qsm_lightning.losses.base import Metrics, OffPolicyLoss, polyak_update
 from qsm_lightning.networks import Critics, Denoiser
 from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy, add_action_noise
+from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
 from qsm_lightning.schedule import NoiseSchedule, ScheduleName
 
@@ -99,12 +100,14 @@ class QSMLoss(OffPolicyLoss):
 
     # The critic's term: temporal difference learning.
 
+    @full_precision
     def next_action(self, next_observation: Tensor) -> Tensor:
         """a' [B, A]: the reverse process on s' [B, O], plus the clipped action noise."""
         action = self.sampler(next_observation)
         return add_action_noise(action, torch.randn_like(action), self.action_noise)
 
     @torch.no_grad()
+    @full_precision
     def td_target(self, reward: Tensor, terminated: Tensor, next_observation: Tensor, next_action: Tensor) -> Tensor:
         """y = r + gamma (1 - terminated) min_i Qbar_i(s', a'), [B]: a truncated step bootstraps, a terminated not."""
         next_value = self.target_critics(next_observation, next_action).min(0).values  # [B]
@@ -120,7 +123,7 @@ class QSMLoss(OffPolicyLoss):
         with torch.no_grad():
             next_action = self.next_action(next_observation)
         y = self.td_target(reward, terminated, next_observation, next_action)
-        q = self.critics(tensordict[keys.observation], tensordict[keys.action])  # [2, B]
+        q = self.critics(tensordict[keys.observation], tensordict[keys.action]).to(y)  # [2, B]
         if q.shape[1:] != y.shape:
             raise RuntimeError(f"critics gave values of shape {tuple(q.shape)} for TD targets {tuple(y.shape)}")
         loss = (q - y).square().mean(1).sum()
@@ -135,6 +138,7 @@ class QSMLoss(OffPolicyLoss):
     # The denoiser's term: matching the score to the critic's action gradient.
 
     @torch.enable_grad()
+    @full_precision
     def q_gradient(self, observation: Tensor, action: Tensor) -> Tensor:
         """g = grad_a Q(s, a) [B, A], of the mean or the smaller of the online critics; detached."""
         action = action.detach().requires_grad_()
@@ -148,7 +152,7 @@ class QSMLoss(OffPolicyLoss):
         """mean (eps_theta(s, a_t, t) + M_q g)^2 for given ``t`` [B] and ``noise`` [B, A] -> loss, eps, g."""
         noisy = self.schedule.add_noise(action, t, noise)
         g = self.q_gradient(observation, noisy if self.score_at == "noisy" else action)
-        eps = self.denoiser(observation, noisy, t)
+        eps = self.denoiser(observation, noisy, t).to(g)
         return (eps + self.m_q * g).square().mean(), eps, g
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:

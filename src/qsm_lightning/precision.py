@@ -1,0 +1,46 @@
+"""Numerical precision: the kinds that are offered, and what is computed in full under any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from qsm_lightning.errors import require
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
+SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def check_precision(precision: str | int | None, accelerator: Any) -> None:
+    """Refuse a ``trainer.precision`` that cannot be used with ``trainer.accelerator`` here.
+
+    Raises:
+        SettingError: for a precision that is not offered, and for 16-mixed without a GPU.
+    """
+    name = SHORT.get(str(precision), precision or "32-true")
+    require(name in PRECISIONS, f"trainer.precision is {precision!r}: choose {', '.join(PRECISIONS[:-1])} or 16-mixed")
+    gpu = accelerator != "cpu" and torch.cuda.is_available()
+    require(
+        name != "16-mixed" or gpu, f"trainer.precision is {precision!r}, which needs a GPU: use bf16-mixed on a CPU"
+    )
+
+
+def full_precision(method: Method) -> Method:
+    """Compute a method in the precision of its tensors, also where autocast would lower it.
+
+    Its first argument after ``self`` is a tensor. What it is given must be in that precision already, as observations,
+    actions and parameters are.
+    """
+
+    @wraps(method)
+    def full(self: Any, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return method(self, first, *args, **kwargs)
+
+    return cast(Method, full)
