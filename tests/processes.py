@@ -29,6 +29,7 @@ def _main(name: str, args: list[str], folder: Path, log: Path) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.argv = [name, *args]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RAY_ADDRESS": "local"}  # for its workers
     import torch
 
     from qsm_lightning import cli

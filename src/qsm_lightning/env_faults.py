@@ -128,6 +128,13 @@ class ProcessEnv(ParallelEnv):
         return f"a process of the environment {self._source} died ({' '.join(str(error).split()) or 'it hung up'})"
 
 
+def belong_to_parent() -> None:
+    """Runs in a worker: stopping is for the main process to arrange, and when that ends the worker ends too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
+
+
 def _end_without(parent: int) -> None:
     """A worker that hangs does not notice that the main process was killed."""
     while os.getppid() == parent:
@@ -136,10 +143,8 @@ def _end_without(parent: int) -> None:
 
 
 def _in_worker(make: Callable[[], EnvBase], report: Path) -> EnvBase:
-    """Runs in the worker: stopping is for the main process to arrange, and faults go into a file."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_without, args=(os.getppid(),), daemon=True).start()
+    """Runs in the worker: faults go into a file."""
+    belong_to_parent()
     env = make()
     env.report = report
     return env
