@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
-from torchrl.collectors import MultiSyncCollector
+from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.envs import EnvBase
 
 from qsm_lightning.env_faults import Guarded, belong_to_parent
@@ -158,11 +158,13 @@ class Workers:
             return EnvironmentFault(
                 f"a worker of data.collector did not answer within {timeout:g} s (data.env_timeout)"
             )
-        said = re.findall(r"^[\w.]*(?:EnvironmentFault|SettingError): (.+)$", str(error), re.MULTILINE)
+        said = re.findall(r"^\s*[\w.]*(?:EnvironmentFault|SettingError): (.+)$", str(error), re.MULTILINE)
         if said:  # in the text of the error with which a worker of Ray could not start
             return EnvironmentFault(said[-1])
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return EnvironmentFault(f"a worker of data.collector died ({reason.rstrip('.')})")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        if "Cannot close a process" in reason:  # TorchRL could not end the others
+            reason = "a process ended"
+        return EnvironmentFault(f"a worker of data.collector died ({reason})")
 
     def close(self, at_once: bool = False) -> None:
         """End all workers.
@@ -182,6 +184,13 @@ class Workers:
             self._ending.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._reports.cleanup()
+
+
+class RayWorker(Collector):
+    """A collector that Ray can ask for its truth: an endless one has no length, and errors would be lost to that."""
+
+    def __bool__(self) -> bool:
+        return True
 
 
 def require_ray() -> None:
@@ -249,6 +258,7 @@ def _ray(ending: contextlib.ExitStack, envs: list[Callable[[], EnvBase]], policy
         policy,
         total_frames=sys.maxsize,
         sync=True,
+        collector_class=RayWorker,
         collector_kwargs=[{"trust_policy": True, "auto_register_policy_transforms": False} for _ in envs],
         remote_configs={"num_cpus": 1, "num_gpus": 0},
         **settings,
