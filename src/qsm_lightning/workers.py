@@ -242,7 +242,6 @@ def _ray(ending: contextlib.ExitStack, envs: list[Callable[[], EnvBase]], policy
     """TorchRL's collector on the machines of a Ray cluster, one CPU for each worker; ``ending`` ends it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
-    from torchrl.collectors.distributed import RayCollector
 
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -253,6 +252,8 @@ def _ray(ending: contextlib.ExitStack, envs: list[Callable[[], EnvBase]], policy
         f"data.collector_workers is {len(envs)}: Ray has {cpus} CPUs, and each worker takes one; lower it, or add "
         "machines to the cluster",
     )
+    from torchrl.collectors.distributed import RayCollector
+
     collector = RayCollector(
         envs,
         policy,
