@@ -19,13 +19,11 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import nn
 
 from qsm_lightning import workers
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import EnvironmentFault, SettingError, TrainingFault
-from qsm_lightning.losses import QSM
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.replay import FRAME_KEYS
 from qsm_lightning.workers import Workers
@@ -34,6 +32,7 @@ from tests.faulty_envs import NAME, plan
 from tests.helpers import SHRINK, has
 from tests.processes import Run, fit
 from tests.test_env_faults import RAISED, assert_no_process_is_left, resume_arguments, run_of
+from tests.versions import SCALE, Version, Versioned, VersionPolicy
 
 needs_ray = pytest.mark.skipif(not has("ray"), reason="the extra ray is not installed")
 KINDS = ["processes", pytest.param("ray", marks=needs_ray)]
@@ -43,47 +42,6 @@ TINY = [
     *("--data.eval_selector=sample", "--data.eval_episodes=1", "--metrics.every_frames=8"),
     *("--picture.every_evaluations=0", "--data.frames_per_batch=8"),
 ]
-SCALE = 4096
-
-
-class Version(nn.Module):
-    """How many updates have been made."""
-
-    count: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-
-
-class VersionPolicy(TensorDictModuleBase):
-    """Tells in its actions how many updates it has seen, with noise below that."""
-
-    in_keys = ["observation"]
-    out_keys = ["action"]
-
-    def __init__(self, version: Version) -> None:
-        super().__init__()
-        self.version = version
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        noise = 0.9 * torch.rand(*tensordict.shape, 1)
-        return tensordict.set("action", (self.version.count + noise) / SCALE)
-
-
-class Versioned(QSM):
-    """Counts its updates in what the exploration policy holds."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.version = Version()
-
-    def update_targets(self) -> None:
-        super().update_targets()
-        self.version.count += 1
-
-    def exploration_policy(self) -> Any:
-        return VersionPolicy(self.version)
 
 
 @functools.cache
@@ -140,17 +98,13 @@ def test_each_environment_has_random_streams_of_its_own(kind: str) -> None:
 def test_weights_are_as_old_as_is_said_and_no_older_than_one_chunk(kind: str) -> None:
     """The frames themselves tell which weights made them; updates go on while workers collect."""
     frames, noted, _ = trained(kind)
-    actions = frames["action"][:TOTAL, 0].view(-1, CHUNK)
-    done = 0
-    for i, chunk in enumerate(actions):
-        if i * CHUNK >= WARM_UP:
-            versions = (chunk * SCALE).floor().unique()
-            assert len(versions) == 1, "the weights changed within a chunk"
-            assert done - versions.item() == noted[i] == (UTD * CHUNK if i * CHUNK > WARM_UP + CHUNK else 0) or i < 4
-            assert noted[i] <= UTD * CHUNK
-        done = math.floor(UTD * max(0, (i + 1) * CHUNK - WARM_UP))
+    chunks = frames["action"].view(-1, CHUNK)
+    done = [math.floor(UTD * max(0, i * CHUNK - WARM_UP)) for i in range(len(chunks))]  # when chunk i arrives
+    assert noted == [now - before for before, now in zip([0, *done], done, strict=False)]
     assert max(noted) == UTD * CHUNK
-    assert len(noted) == TOTAL / CHUNK
+    for i in range(WARM_UP // CHUNK, len(chunks)):
+        version = (chunks[i] * SCALE).floor()
+        assert (version == done[i] - noted[i]).all()
 
 
 @needs_ray

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import math
 import multiprocessing
 import os
@@ -244,7 +245,7 @@ def _ray(ending: contextlib.ExitStack, envs: list[Callable[[], EnvBase]], policy
     import ray
 
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         ending.callback(ray.shutdown)
     cpus = int(ray.cluster_resources().get("CPU", 0))
     require(
