@@ -105,7 +105,9 @@ class Workers:
         # In a thread of its own, so that a worker that hangs cannot hold up the main one.
         self._thread = ThreadPoolExecutor(1, "collect")
         self._pending: Future[Any] | None = self._thread.submit(build)
+        self._started = False
         self._collector = self._result(START_SECONDS)
+        self._started = True
         self._chunks: Iterator[TensorDictBase] = iter(self._collector)
 
     def __iter__(self) -> Workers:
@@ -156,16 +158,16 @@ class Workers:
             return EnvironmentFault(report.read_text())
         assert self._pending is not None
         if not self._pending.done():
-            return EnvironmentFault(
-                f"a worker of data.collector did not answer within {timeout:g} s (data.env_timeout)"
-            )
+            limit = " (data.env_timeout)" if self._started else ""
+            return EnvironmentFault(f"a worker of data.collector did not answer within {timeout:g} s{limit}")
         said = re.findall(r"^\s*[\w.]*(?:EnvironmentFault|SettingError): (.+)$", str(error), re.MULTILINE)
         if said:  # in the text of the error with which a worker of Ray could not start
             return EnvironmentFault(said[-1])
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if "Cannot close a process" in reason:  # TorchRL could not end the others
             reason = "a process ended"
-        return EnvironmentFault(f"a worker of data.collector died ({reason})")
+        what = "a worker of data.collector died" if self._started else "the workers of data.collector did not start"
+        return EnvironmentFault(f"{what} ({reason})")
 
     def close(self, at_once: bool = False) -> None:
         """End all workers.
