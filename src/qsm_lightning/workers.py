@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
@@ -102,8 +104,7 @@ class Workers:
             init_random_frames=math.ceil(init_random_frames / frames_per_batch) * frames_per_batch,
         )
         self._others = multiprocessing.active_children()
-        # In a thread of its own, so that a worker that hangs cannot hold up the main one.
-        self._thread = ThreadPoolExecutor(1, "collect")
+        self._thread = _Thread()
         self._pending: Future[Any] | None = self._thread.submit(build)
         self._started = False
         self._collector = self._result(START_SECONDS)
@@ -131,7 +132,7 @@ class Workers:
             if not all(value.isfinite().all() for value in weights.values(True, True)):
                 raise TrainingFault("training diverged: a weight of the policy is NaN or infinite")
             self._version = self._updates()
-        self._pending = self._thread.submit(self._collect, weights)
+        self._pending = self._thread.submit(partial(self._collect, weights))
 
     def _collect(self, weights: TensorDictBase | None) -> TensorDictBase:
         if weights is not None:
@@ -185,8 +186,37 @@ class Workers:
                         process.kill()
         with contextlib.suppress(Exception):
             self._ending.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.end()
         self._reports.cleanup()
+
+
+class _Thread:
+    """Does one thing after the other; the process does not wait for it when it ends, so a worker can hold up nobody.
+
+    One thread as long as there are workers: Ray's processes end with the thread that started them.
+    """
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = SimpleQueue()
+        threading.Thread(target=self._run, name="collect", daemon=True).start()
+
+    def submit(self, work: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._work.put((work, future))
+        return future
+
+    def end(self) -> None:
+        """Let it end after what it does now."""
+        self._work.put(None)
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            work, future = item
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+            del work, future, item
 
 
 class RayWorker(Collector):
@@ -257,7 +287,14 @@ def _ray(ending: contextlib.ExitStack, envs: list[Callable[[], EnvBase]], policy
     )
     from torchrl.collectors.distributed import RayCollector
 
-    collector = RayCollector(
+    class RayWorkers(RayCollector):
+        """One that was left half made does not start another Ray when it goes."""
+
+        def __del__(self) -> None:
+            if ray.is_initialized():
+                super().__del__()
+
+    collector = RayWorkers(
         envs,
         policy,
         total_frames=sys.maxsize,
