@@ -31,6 +31,7 @@ def _main(name: str, args: list[str], folder: Path, log: Path, rank: int, env: d
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.argv = [name, *args]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "RAY_ADDRESS": "local"}  # for its workers
     import torch
     from pytorch_lightning.utilities import rank_zero_only
 

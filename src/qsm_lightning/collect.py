@@ -67,12 +67,13 @@ class Progress:
 
 @dataclass
 class RecentExperience:
-    """What happened in the frames since it was last taken: finished episodes and actions at their bounds."""
+    """What happened in the frames since it was last taken: episodes, actions at their bounds, age of the weights."""
 
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     frames: int = 0
     at_bounds: float = 0.0
+    staleness: list[int] = field(default_factory=list)  # of each chunk, where workers collect
 
     def add(self, chunk: TensorDictBase) -> int:
         """Account for a chunk [frames]; returns the number of episodes that ended in it."""
@@ -95,14 +96,20 @@ class RecentExperience:
             whole.lengths += part.lengths
             whole.frames += part.frames
             whole.at_bounds += part.at_bounds
+            whole.staleness += part.staleness
         return whole
 
     def metrics(self) -> dict[str, float]:
-        """Means; return and length only when an episode ended."""
+        """Means; return and length only when an episode ended, staleness only where workers collect."""
         out = {"actions_at_bounds": self.at_bounds / max(1, self.frames)}
         if self.returns:
             out |= {
                 "return": sum(self.returns) / len(self.returns),
                 "length": sum(self.lengths) / len(self.lengths),
+            }
+        if self.staleness:
+            out |= {
+                "staleness": sum(self.staleness) / len(self.staleness),
+                "staleness_max": max(self.staleness),
             }
         return out

@@ -8,6 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -31,11 +32,13 @@ from qsm_lightning.plain import generators_state, load_generators_state
 from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, Storage, make_replay_buffer
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
 from qsm_lightning.watch import Watch, beat
+from qsm_lightning.workers import Workers, require_ray
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 AGREE_EVERY = 16  # updates after which ranks agree again whether to stop, within a batch of many
+WITH_WORKERS = "it is with the workers of data.collector"
 SELECTORS = ("sample", "best_of_n")
 
 
@@ -74,9 +77,9 @@ class OffPolicyDataModule(LightningDataModule):
 
     Args:
         env: a gymnasium id (Hopper-v5), dmc:domain/task, or envpool:id.
-        num_envs: copies of the environment on each rank, stepped together.
-        frames_per_batch: frames that each rank collects between rounds of updates, a multiple of num_envs; num_envs
-            by default.
+        num_envs: copies of the environment on each rank, stepped together; with workers, in each of them.
+        frames_per_batch: frames that each rank collects between rounds of updates, a multiple of its environments; one
+            of each by default.
         total_frames: frames to train for.
         init_random_frames: frames of uniform random actions before the first update, at least batch_size.
         batch_size: frames per gradient update, over all ranks: each samples an equal part.
@@ -95,6 +98,11 @@ class OffPolicyDataModule(LightningDataModule):
         env_restarts: how often failed environments are built anew on each rank, dropping the episodes under way,
             before the run stops.
         rank_timeout: seconds after which several ranks of which none gets on count as hanging, and the run ends.
+        collector: where the training environments are: local in this process, or with workers in processes of this
+            machine or, by ray, on those of a cluster.
+        collector_workers: workers of each rank, unless local.
+        collector_max_staleness: gradient updates that weights may be old when the frames they made arrive. From the
+            updates of one chunk, the default, workers collect while the learner updates; below they take turns.
 
     Raises:
         SettingError: for a value out of range or an environment that cannot be used.
@@ -121,6 +129,9 @@ class OffPolicyDataModule(LightningDataModule):
         env_timeout: float = 60.0,
         env_restarts: int = 0,
         rank_timeout: float = 45.0,
+        collector: Literal["local", "processes", "ray"] = "local",
+        collector_workers: int = 2,
+        collector_max_staleness: int | None = None,
     ) -> None:
         super().__init__()
         settings = {
@@ -134,13 +145,18 @@ class OffPolicyDataModule(LightningDataModule):
             "eval_candidates": eval_candidates,
             "env_timeout": env_timeout,
             "rank_timeout": rank_timeout,
+            "collector_workers": collector_workers,
         }
         require_positive(**{f"data__{name}": value for name, value in settings.items()})
-        self.frames_per_batch = frames_per_batch or num_envs
+        envs, envs_named = num_envs, f"data.num_envs ({num_envs})"
+        if collector != "local":
+            envs *= collector_workers
+            envs_named = f"data.num_envs * data.collector_workers ({num_envs} * {collector_workers})"
+        self.frames_per_batch = frames_per_batch or envs
         require(
-            frames_per_batch is None or (frames_per_batch > 0 and frames_per_batch % num_envs == 0),
-            f"data.frames_per_batch is {frames_per_batch}: it must be a multiple of data.num_envs ({num_envs}), "
-            f"such as {max(1, round((frames_per_batch or 0) / num_envs)) * num_envs}",
+            frames_per_batch is None or (frames_per_batch > 0 and frames_per_batch % envs == 0),
+            f"data.frames_per_batch is {frames_per_batch}: it must be a multiple of {envs_named}, "
+            f"such as {max(1, round((frames_per_batch or 0) / envs)) * envs}",
         )
         require(
             init_random_frames >= batch_size,
@@ -157,6 +173,16 @@ class OffPolicyDataModule(LightningDataModule):
             f"data.buffer_size is {buffer_size}: it must be at least data.batch_size ({batch_size})",
         )
         require(env_restarts >= 0, f"data.env_restarts is {env_restarts}: it must not be negative")
+        require(
+            collector_max_staleness is None or collector_max_staleness >= 0,
+            f"data.collector_max_staleness is {collector_max_staleness}: it must not be negative",
+        )
+        require(
+            collector == "local" or not env_processes,
+            f"data.env_processes is true: with data.collector {collector!r} workers have the environments; drop it",
+        )
+        if collector == "ray":
+            require_ray()
         self.save_hyperparameters()
         self.hparams.pop("_instantiator", None)
         self.env_name = env
@@ -174,7 +200,12 @@ class OffPolicyDataModule(LightningDataModule):
         self.eval_selectors = SELECTORS if eval_selector == "both" else (eval_selector,)
         self.eval_candidates = eval_candidates
         self.env_restarts = env_restarts
-        self.rank_timeout = max(rank_timeout, env_timeout + 10 if env_processes else 0)  # an environment's comes first
+        others = env_processes or collector != "local"  # whose own time limit comes first
+        self.rank_timeout = max(rank_timeout, env_timeout + 10 if others else 0)
+        self.env_timeout = env_timeout
+        self.collector_kind = collector
+        self.collector_workers = collector_workers
+        self.collector_max_staleness = collector_max_staleness
         self._make_env = partial(make_env, env, processes=env_processes, timeout=env_timeout)
         self.env = self._make_env(num_envs)
         self.observation_dim = self.env.observation_spec["observation"].shape[-1]
@@ -190,6 +221,7 @@ class OffPolicyDataModule(LightningDataModule):
         self._watch: Watch | None = None
         self._eval_env: EnvBase | None = None
         self._mapped: Path | None = None
+        self._workers: Workers | None = None
         self._chunks: Iterator[TensorDictBase] | None = None
         self._owed: TensorDictBase | None = None
         self._archive: ReplayArchive | None = None
@@ -237,7 +269,7 @@ class OffPolicyDataModule(LightningDataModule):
         else:
             load_generators_state(self._generators)
         try:
-            env_states(self.env)
+            self._env_states()
         except NoStateError as reason:
             log.warning(
                 "%s cannot give its state (%s): if this run is resumed, the episodes under way begin anew, "
@@ -246,10 +278,10 @@ class OffPolicyDataModule(LightningDataModule):
                 reason,
             )
 
-    def _seed(self, purpose: Purpose) -> int:
+    def _seed(self, purpose: Purpose, *path: int) -> int:
         progress = self.progress
         later = (progress.frames, progress.env_restarts) if progress.frames or progress.env_restarts else ()
-        return derive_seed(global_seed(), self.ranks.rank, purpose, *later)
+        return derive_seed(global_seed(), self.ranks.rank, purpose, *later, *path)
 
     @property
     def started(self) -> bool:
@@ -258,6 +290,9 @@ class OffPolicyDataModule(LightningDataModule):
 
     def _start_env(self) -> None:
         """Seed the environments, made anew after a fault, and collect from them."""
+        if self.collector_kind != "local":
+            self._start_workers()
+            return
         if self._env_new:
             self.env = self._build(self.num_envs)
         self.env.set_seed(self._seed(Purpose.TRAIN_ENV))
@@ -269,6 +304,25 @@ class OffPolicyDataModule(LightningDataModule):
         )
         self.collector._frames = self.progress.frames // self.ranks.count
         self._chunks, self._env_new = iter(self.collector), False
+
+    def _start_workers(self) -> None:
+        """Collect by workers; the environment made here only told its dimensions."""
+        _close(self.env)
+        updates_per_chunk = math.ceil(Fraction(str(self.utd)) * self.frames_per_batch * self.ranks.count)
+        staleness = self.collector_max_staleness
+        self._workers = Workers(
+            cast(Any, self.collector_kind),
+            partial(self._make_env, self.num_envs),
+            [(self._seed(Purpose.TRAIN_ENV, w), self._seed(Purpose.NOISE, w)) for w in range(self.collector_workers)],
+            self._loss.exploration_policy(),
+            frames_per_batch=self.frames_per_batch,
+            init_random_frames=max(0, math.ceil((self.init_random_frames - self.progress.frames) / self.ranks.count)),
+            max_staleness=updates_per_chunk if staleness is None else staleness,
+            updates_per_chunk=updates_per_chunk,
+            updates=lambda: self.progress.updates,
+            timeout=self.env_timeout,
+        )
+        self._chunks, self._env_new = self._workers, False
 
     def _empty_folder(self) -> Path:
         """A folder for the mapped files, the same for every process that goes on with the run."""
@@ -339,6 +393,8 @@ class OffPolicyDataModule(LightningDataModule):
     def _collect(self) -> TensorDictBase:
         chunk = self.together(lambda: self.surviving(self._next_chunk, self._rebuild_env))
         self._env_broken = False
+        if self._workers is not None:
+            self.recent.staleness.append(self._workers.staleness)
         chunk = (chunk.transpose(0, 1) if chunk.ndim == 2 else chunk).reshape(-1)  # in the order of time
         self.progress.frames += chunk.numel() * self.ranks.count
         self.progress.episodes += self.recent.add(chunk)
@@ -473,8 +529,15 @@ class OffPolicyDataModule(LightningDataModule):
                 raise TrainingFault(f"{fault}, after frame {self.progress.frames}") from fault
 
     def _rebuild_env(self) -> None:
-        _close(self.env)
+        self._close_envs()
         self._env_new = True
+
+    def _close_envs(self) -> None:
+        """Close the training environments."""
+        _close(self.env)
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
     def _build(self, num_envs: int) -> EnvBase:
         """Make environments in mid-run; what goes wrong then is a fault of theirs, not of a setting."""
@@ -517,7 +580,7 @@ class OffPolicyDataModule(LightningDataModule):
         envs: list[Any] | None = None
         if not self._env_broken:
             with contextlib.suppress(NoStateError):
-                envs = env_states(self.env)
+                envs = self._env_states()
         saved = self._archive is not None and self.save_buffer
         return {
             "progress": asdict(self.progress),
@@ -531,6 +594,11 @@ class OffPolicyDataModule(LightningDataModule):
             "envs": envs,
             "owed": None if self._owed is None else (self._owed.clone().to_dict(), len(self._owed)),
         }
+
+    def _env_states(self) -> list[Any]:
+        if self.collector_kind != "local":
+            raise NoStateError(WITH_WORKERS)
+        return env_states(self.env)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["ranks"]
@@ -595,6 +663,8 @@ class OffPolicyDataModule(LightningDataModule):
         try:
             if mine["envs"] is None:
                 raise NoStateError("the checkpoint has no state of theirs")
+            if self._workers is not None:
+                raise NoStateError(WITH_WORKERS)
             load_env_states(self.env, mine["envs"])
         except NoStateError as reason:
             log.warning("%s begins new episodes (%s); all else goes on as it was", self.env_name, reason)
@@ -614,7 +684,7 @@ class OffPolicyDataModule(LightningDataModule):
         if self._watch is not None:
             self._watch.done()
             self._watch = None
-        _close(self.env)
+        self._close_envs()
         _close(self._eval_env)
         if self._mapped is not None:
             shutil.rmtree(self._mapped, ignore_errors=True)

@@ -131,6 +131,13 @@ class ProcessEnv(ParallelEnv):
         return f"a process of the environment {self._source} died ({' '.join(str(error).split()) or 'it hung up'})"
 
 
+def belong_to_parent() -> None:
+    """Runs in a worker: stopping is for the main process to arrange, and when that ends the worker ends too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=end_without, args=(os.getppid(),), daemon=True).start()
+
+
 def end_without(parent: int) -> None:
     """For a thread: end this process when the one that started it is gone, however it hangs."""
     while os.getppid() == parent:
@@ -139,10 +146,8 @@ def end_without(parent: int) -> None:
 
 
 def _in_worker(make: Callable[[], EnvBase], report: Path) -> EnvBase:
-    """Runs in the worker: stopping is for the main process to arrange, and faults go into a file."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=end_without, args=(os.getppid(),), daemon=True).start()
+    """Runs in the worker: faults go into a file."""
+    belong_to_parent()
     env = make()
     env.report = report
     return env

@@ -15,11 +15,13 @@ from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.errors import SettingError, require
 from qsm_lightning.runs import CHECKPOINTS, CONFIG
 
-# What may change when a run goes on: how long, where frames are kept, how it is evaluated and watched.
+# What may change when a run goes on: how long, where frames come from and are kept, how it is evaluated and watched.
 FREE = {
     *("total_frames", "storage", "storage_dir", "save_buffer"),
     *("eval_every_frames", "eval_episodes", "eval_selector", "eval_candidates"),
     *("env_processes", "env_timeout", "env_restarts", "rank_timeout"),
+    *("env_processes", "env_timeout", "env_restarts"),
+    *("collector", "collector_workers", "collector_max_staleness"),
 }
 
 # What settings are in checkpoints from before there were these settings.
