@@ -67,8 +67,8 @@ class RunCheckpoint(Checkpoint):
         new = data.progress.frames - self.saved_at_frames
         due = self.every_frames is not None and new >= self.every_frames and not data.evaluation_owed
         if self._retry_at is not None and time.monotonic() >= self._retry_at:
-            data.save_wanted = True  # clocks differ: the ranks agree on it in the next batch
-        if due or data.save_agreed:
+            data.stopping.save_wanted = True  # clocks differ: the ranks agree on it in the next batch
+        if due or data.stopping.save_agreed:
             self.save(trainer)
 
     @override
@@ -95,8 +95,7 @@ class RunCheckpoint(Checkpoint):
 
     def save(self, trainer: Trainer, eval_return: float | None = None) -> None:
         """Write a checkpoint, and remove those that are not kept; on a full disk, warn and try again later."""
-        data = datamodule_of(trainer)
-        data.save_wanted = data.save_agreed = False
+        datamodule_of(trainer).stopping.saved()
         try:
             self._save(trainer, eval_return)
         except OSError as error:

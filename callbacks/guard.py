@@ -25,8 +25,8 @@ class StopOnNonFinite(Callback):
         data = datamodule_of(trainer)
         metrics: dict[str, torch.Tensor] = pl_module.metrics  # type: ignore[assignment]
         if not metrics or torch.stack(list(metrics.values())).isfinite().all():
-            data.agree()
+            data.stopping.agree()
             return
         name = next(key for key, value in metrics.items() if not value.isfinite())
         frames = data.progress.frames
-        data.agree(TrainingFault(f"training diverged: {name} is {metrics[name].item()} at frame {frames}"))
+        data.stopping.agree(TrainingFault(f"training diverged: {name} is {metrics[name].item()} at frame {frames}"))

@@ -30,16 +30,16 @@ class StopOnSignal(Callback):
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         assert self._data is not None
-        if self._data.stop_signal is not None and signum == signal.SIGINT:
+        if self._data.stopping.signal is not None and signum == signal.SIGINT:
             raise Interrupted(signum, at_once=True)
-        self._data.stop_signal = signum
+        self._data.stopping.signal = signum
         again = "; Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
         if self._data.ranks.rank == 0:
             print(f"\nstopping with a checkpoint{again}", file=sys.stderr)
 
     def _save(self, signum: int, frame: FrameType | None) -> None:
         assert self._data is not None
-        self._data.save_wanted = True
+        self._data.stopping.save_wanted = True
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

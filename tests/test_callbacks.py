@@ -26,6 +26,7 @@ from qsm_lightning.envs import make_render_env
 from qsm_lightning.errors import Interrupted, SettingError, TrainingFault
 from qsm_lightning.losses import QSM
 from qsm_lightning.recording import check_video_path, picture_strip, record_episode, write_video
+from qsm_lightning.stopping import Stopping
 from tests.helpers import needs_dmc, needs_gl
 
 SMALL = partial(QSM, hidden=(8,), time_dim=4, T=2)
@@ -36,8 +37,8 @@ def stand_in(frames: int = 0, **settings: Any) -> Mock:
     data = Mock(spec=OffPolicyDataModule)
     data.progress = Progress(frames)
     data.total_frames = 10_000
-    data.ranks, data.stop_signal, data.save_wanted, data.save_agreed = Ranks(), None, False, False
-    data.agree.side_effect = partial(OffPolicyDataModule.agree, data)
+    data.ranks = Ranks()
+    data.stopping = Stopping(data.ranks)
     data.configure_mock(**settings)
     return Mock(
         datamodule=data,
@@ -65,10 +66,10 @@ def test_a_signal_is_noted_and_handlers_come_back(signum: signal.Signals) -> Non
     callback.setup(trainer, Mock(), "fit")
     callback.on_train_start(trainer, Mock())
     signal.raise_signal(signal.SIGUSR1)
-    assert trainer.datamodule.save_wanted
-    assert trainer.datamodule.stop_signal is None
+    assert trainer.datamodule.stopping.save_wanted
+    assert trainer.datamodule.stopping.signal is None
     signal.raise_signal(signum)
-    assert trainer.datamodule.stop_signal == signum
+    assert trainer.datamodule.stopping.signal == signum
     signal.raise_signal(signal.SIGTERM)  # again, from an impatient scheduler: the checkpoint is under way
     with pytest.raises(Interrupted) as stop:
         signal.raise_signal(signal.SIGINT)
@@ -146,7 +147,7 @@ def test_a_full_disk_costs_a_warning_and_another_attempt(tmp_path: Path, monkeyp
 
     def batch_ends() -> None:
         writer.on_train_batch_end(run.trainer, Mock(), None, None, 0)
-        run.trainer.datamodule.agree()
+        run.trainer.datamodule.stopping.agree()
 
     clock.now = 59.0
     batch_ends()

@@ -31,13 +31,13 @@ from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.plain import generators_state, load_generators_state
 from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, Storage, make_replay_buffer
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
-from qsm_lightning.watch import Watch, beat
+from qsm_lightning.stopping import Stopping
+from qsm_lightning.watch import Watch
 from qsm_lightning.workers import Workers, require_ray
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-AGREE_EVERY = 16  # updates after which ranks agree again whether to stop, within a batch of many
 WITH_WORKERS = "it is with the workers of data.collector"
 SELECTORS = ("sample", "best_of_n")
 
@@ -73,7 +73,7 @@ class OffPolicyDataModule(LightningDataModule):
     With several processes (ranks) each has environments, random streams and a buffer of its own. Frames, updates and
     sizes count over all of them, so that a configuration means the same on any number; ``num_envs`` and
     ``frames_per_batch`` alone are each rank's. All ranks do the same at the same time: whether to stop, to save or to
-    give up is agreed on where none of them can be ahead (:meth:`agree`).
+    give up is agreed on where none of them can be ahead (:mod:`qsm_lightning.stopping`).
 
     Args:
         env: a gymnasium id (Hopper-v5), dmc:domain/task, or envpool:id.
@@ -213,11 +213,7 @@ class OffPolicyDataModule(LightningDataModule):
         self.progress = Progress()
         self.recent = RecentExperience()
         self.ranks = Ranks()
-        self.stop_signal: int | None = None
-        self.save_wanted = False
-        self.save_agreed = False
-        self._stop_agreed = 0
-        self._checks = 0
+        self.stopping = Stopping(self.ranks)
         self._watch: Watch | None = None
         self._eval_env: EnvBase | None = None
         self._mapped: Path | None = None
@@ -238,6 +234,7 @@ class OffPolicyDataModule(LightningDataModule):
             return
         self.check_ranks(self.trainer.world_size)
         self.ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
+        self.stopping.ranks = self.ranks
         self.run = runs.agreed_folder(self.trainer, self.ranks)
         if self.ranks.count > 1:
             launched = launching.take_over_children(self.trainer)
@@ -391,7 +388,7 @@ class OffPolicyDataModule(LightningDataModule):
         return batch
 
     def _collect(self) -> TensorDictBase:
-        chunk = self.together(lambda: self.surviving(self._next_chunk, self._rebuild_env))
+        chunk = self.stopping.together(lambda: self.surviving(self._next_chunk, self._rebuild_env))
         self._env_broken = False
         if self._workers is not None:
             self.recent.staleness.append(self._workers.staleness)
@@ -433,72 +430,30 @@ class OffPolicyDataModule(LightningDataModule):
             if self._eval_env is None:
                 self._eval_env = self._build(len(mine))
             policy = self._loss.evaluation_policy(selector, self.eval_candidates)
-            return run_episodes(self._eval_env, policy, env_seed, noise_seed, self._leave)
+            return run_episodes(self._eval_env, policy, env_seed, noise_seed, self.stopping.leave)
 
         def selectors() -> dict[str, dict[str, torch.Tensor]]:
             assert self.trainer is not None
             with self.trainer.lightning_module.averaged_weights():  # type: ignore[operator]
                 return {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
 
-        evaluated = self.together(selectors)
+        evaluated = self.stopping.together(selectors)
         self.check_stop()
         parts = self.ranks.gather(evaluated)
         self.progress.evaluated = self.progress.frames
         return {s: {k: torch.cat([part[s][k] for part in parts]) for k in parts[0][s]} for s in self.eval_selectors}
 
-    # Stopping, on all ranks at the same point.
-
-    def agree(self, stop: TrainingFault | Interrupted | None = None) -> None:
-        """Exchange whether any rank was asked to stop or to save. All ranks must be at the same point.
-
-        Args:
-            stop: what keeps this rank from going on.
-
-        Raises:
-            TrainingFault: when any rank has one to give.
-            Interrupted: when any rank left what all have to do, because of a signal.
-        """
-        severity = 0 if stop is None else 1 if isinstance(stop, Interrupted) else 2
-        self._stop_agreed, save, worst = self.ranks.highest(self.stop_signal or 0, self.save_wanted, severity)
-        self.save_agreed = bool(save)
-        if worst == 1:
-            raise Interrupted(self._stop_agreed)
-        if worst == 2 and self.ranks.count > 1:
-            said = self.ranks.gather((severity, isinstance(stop, EnvironmentFault), str(stop)))
-            rank = next(rank for rank, (how, _, _) in enumerate(said) if how == 2)
-            _, of_env, why = said[rank]
-            raise (EnvironmentFault if of_env else TrainingFault)(f"rank {rank}: {why}") from stop
-        if stop is not None:
-            raise stop
-
-    def together(self, act: Callable[[], T]) -> T:
-        """``act``, after which all ranks go on or none does."""
-        try:
-            done = act()
-        except (TrainingFault, Interrupted) as stop:
-            self.agree(stop)
-            raise
-        self.agree()
-        return done
-
     def check_stop(self, rest: TensorDictBase | None = None) -> None:
-        """Where training may be left at once and gone on with later, raise :class:`Interrupted` if that was agreed on.
+        """Where training may be left at once and gone on with later, raise :class:`Interrupted` if all ranks stop.
 
         Args:
             rest: updates of the batch under way that are still to do, [u, this rank's part of batch_size].
         """
-        beat()
-        self._checks += 1
-        if self.ranks.count == 1 or self._checks % AGREE_EVERY == 0:
-            self.agree()
-        if self._stop_agreed:
+        try:
+            self.stopping.check()
+        except Interrupted:
             self._owed = rest if rest is not None else self._owed
-            raise Interrupted(self._stop_agreed)
-
-    def _leave(self) -> None:
-        """Within what :meth:`together` does: leave it if a signal came."""
-        if self.stop_signal is not None:
-            raise Interrupted(self.stop_signal)
+            raise
 
     def take_recent(self) -> RecentExperience:
         """What was collected since the last call."""
@@ -513,7 +468,7 @@ class OffPolicyDataModule(LightningDataModule):
             try:
                 return act()
             except EnvironmentFault as fault:
-                self._leave()
+                self.stopping.leave()
                 if self.progress.env_restarts >= self.env_restarts:
                     raise EnvironmentFault(f"{fault}, after frame {self.progress.frames}") from fault
                 self.progress.env_restarts += 1
