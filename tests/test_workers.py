@@ -124,7 +124,7 @@ class Pretended:
     def update_policy_weights_(self, weights: TensorDictBase) -> None:
         self.version, self.sent = weights["version", "count"].item(), self.sent + 1
 
-    def __iter__(self) -> Iterator[TensorDict]:
+    def iterator(self) -> Iterator[TensorDict]:
         while True:
             yield TensorDict({"version": torch.full((1, 1), self.version)}, [1, 1])
 
@@ -187,7 +187,7 @@ def test_what_goes_wrong_in_a_worker_is_a_fault_in_one_sentence(
     ended = threading.Event()
 
     class Failing(Pretended):
-        def __iter__(self) -> Iterator[TensorDict]:
+        def iterator(self) -> Iterator[TensorDict]:
             if error is None:
                 ended.wait(5)
             raise error or RuntimeError
@@ -241,14 +241,14 @@ def test_workers_are_started_anew_whatever_ended_them(tmp_path: Path) -> None:
     plan(tmp_path, "kill", 10)
     plan(tmp_path, "hang", 14)
     long = ["--data.total_frames=100000", "--data.eval_every_frames=100000", "--data.buffer_size=100000"]
-    run = Run(tmp_path, *TINY, *long, "--data.collector=processes", "--data.env_timeout=8", "--data.env_restarts=2")
+    run = Run(tmp_path, *TINY, *long, "--data.collector=processes", "--data.env_timeout=5", "--data.env_restarts=2")
     run.until(lambda: "built anew (2 of 2)" in run.text)
     run.until(lambda: len(rows(run_of(tmp_path))) > 40)
     run.signal(signal.SIGTERM)
     assert run.wait(30) == 143, run.text
     died, hung = (line for line in run.text.splitlines() if "built anew" in line)
     assert "a worker of data.collector died" in died
-    assert "did not answer within 8 s (data.env_timeout)" in hung
+    assert "did not answer within 5 s (data.env_timeout)" in hung
     assert "Traceback" not in run.text
     assert "resume with" in run.text
     assert_no_process_is_left(tmp_path)

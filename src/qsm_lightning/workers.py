@@ -111,7 +111,8 @@ class Workers:
         self._started = False
         self._collector = self._result(START_SECONDS)
         self._started = True
-        self._chunks: Iterator[TensorDictBase] = iter(self._collector)
+        # Not iter(): at an error it would first wait for the other workers to end.
+        self._chunks: Iterator[TensorDictBase] = self._collector.iterator()
 
     def __iter__(self) -> Workers:
         return self
