@@ -142,7 +142,7 @@ class FitCLI(LightningCLI):
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self.held = runs.lock(resume.wanted(*place).run)  # before looking which is its newest
         self.checkpoint, passed_over = resume.whole(resume.wanted(*place))
-        for sentence in passed_over:
+        for sentence in passed_over if rank_zero_only.rank == 0 else []:  # type: ignore[attr-defined]
             log.warning(sentence)
 
     @property
@@ -286,7 +286,7 @@ def _fit(args: list[str] | None) -> None:
         here = dict(resume.identity(cli.datamodule.hparams, cli.model.hparams, cli.model.run_identity(trainer)))
         resume.check(checkpoint, state, here, cli.datamodule.total_frames)
         resume.check_time(trainer, state)
-        if other := resume.other_versions(checkpoint):
+        if trainer.is_global_zero and (other := resume.other_versions(checkpoint)):
             log.warning("%s was made with %s: what follows may differ in the last bits", checkpoint.path, other)
         del state
     writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), None)
@@ -343,7 +343,7 @@ def evaluate(args: list[str] | None = None) -> None:
 def run_command(prog: str, command: Callable[[], None]) -> None:
     """Run a command's body and turn the ways it can end early into one sentence and an exit status."""
     _quiet()
-    logging.basicConfig(format=f"{prog}: %(message)s")
+    logging.basicConfig(format=f"{_speaker(prog)}: %(message)s")
     try:
         command()
     except SettingError as error:
@@ -361,10 +361,15 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
 def _stop(prog: str, error: BaseException, message: str, status: int) -> NoReturn:
     """End with a sentence; what all ranks end with is said by the first."""
     _ignore_ctrl_c()
-    rank = rank_zero_only.rank  # type: ignore[attr-defined]
-    if rank == 0 or not on_all_ranks(error):
-        print(f"{prog}: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
+    if rank_zero_only.rank == 0 or not on_all_ranks(error):  # type: ignore[attr-defined]
+        print(f"{_speaker(prog)}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _speaker(prog: str) -> str:
+    """Who says something: the command, and which rank of several if it is not the first."""
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    return f"{prog}: rank {rank}" if rank else prog
 
 
 def _ignore_ctrl_c() -> None:

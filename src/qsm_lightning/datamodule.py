@@ -268,7 +268,7 @@ class OffPolicyDataModule(LightningDataModule):
         try:
             self._env_states()
         except NoStateError as reason:
-            log.warning(
+            self._say(
                 "%s cannot give its state (%s): if this run is resumed, the episodes under way begin anew, "
                 "and all else goes on exactly",
                 self.env_name,
@@ -581,6 +581,11 @@ class OffPolicyDataModule(LightningDataModule):
         assert self.trainer is not None
         return Checkpoint(Path(cast(str, self.trainer.ckpt_path)).parent).replay
 
+    def _say(self, message: str, *values: object) -> None:
+        """Warn of what is so on all ranks, once."""
+        if self.ranks.rank == 0:
+            log.warning(message, *values)
+
     def _load_replay(self, mine: dict[str, Any]) -> None:
         """Put every frame where it was."""
         if "capacity" in mine:  # a buffer that was put together from other ranks' may hold more than its share
@@ -595,18 +600,16 @@ class OffPolicyDataModule(LightningDataModule):
         self._make_buffer(max(capacity, math.ceil(self.buffer_size / self.ranks.count)))
         for piece in frames:
             self.buffer.extend(piece)
-        if self.ranks.rank == 0:
-            log.warning(
-                "the checkpoint is of %d processes and goes on with %d: their replay buffers are shared out anew with "
-                "every frame, as many environments as there are places for go on, and what follows differs from a run "
-                "on %d",
-                *(len(saved), self.ranks.count, len(saved)),
-            )
+        self._say(
+            "the checkpoint is of %d processes and goes on with %d: their replay buffers are shared out anew with "
+            "every frame, as many environments as there are places for go on, and what follows differs from a run on %d",
+            *(len(saved), self.ranks.count, len(saved)),
+        )
 
     def _refill(self) -> None:
         """Without the frames, updates wait for new ones."""
         self.progress.refill(self.utd)
-        log.warning(
+        self._say(
             "the checkpoint has no replay buffer (data.save_buffer was false): %d frames are collected "
             "before updates go on, and what follows differs from a run that was not stopped",
             self.init_random_frames,
@@ -622,7 +625,7 @@ class OffPolicyDataModule(LightningDataModule):
                 raise NoStateError(WITH_WORKERS)
             load_env_states(self.env, mine["envs"])
         except NoStateError as reason:
-            log.warning("%s begins new episodes (%s); all else goes on as it was", self.env_name, reason)
+            self._say("%s begins new episodes (%s); all else goes on as it was", self.env_name, reason)
             return
         carrier = TensorDict(mine["carrier"], self.env.batch_size)
         self.collector._carrier = carrier if self.collector._carrier.device is None else carrier.to(self.env.device)
