@@ -602,7 +602,7 @@ class OffPolicyDataModule(LightningDataModule):
             self.buffer.extend(piece)
         self._say(
             "the checkpoint is of %d processes and goes on with %d: their replay buffers are shared out anew with "
-            "every frame, as many environments as there are places for go on, and what follows differs from a run on %d",
+            "every frame, environments go on as far as there are as many, and what follows differs from a run on %d",
             *(len(saved), self.ranks.count, len(saved)),
         )
 
