@@ -89,8 +89,10 @@ class RunCheckpoint(Checkpoint):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The learner's state is sound when a signal or an environment ended the run: write it."""
-        stopped = isinstance(exception, (Interrupted, EnvironmentFault)) and not getattr(exception, "at_once", False)
-        if stopped and self._training and datamodule_of(trainer).started:
+        data = datamodule_of(trainer)
+        if not isinstance(exception, (Interrupted, EnvironmentFault)) or getattr(exception, "at_once", False):
+            return
+        if (exception.agreed or data.ranks.count == 1) and self._training and data.started:
             self.save(trainer)
 
     def save(self, trainer: Trainer, eval_return: float | None = None) -> None:
@@ -100,6 +102,8 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer, eval_return)
         except OSError as error:
             self._retry_at = time.monotonic() + RETRY_SECONDS
+            if not trainer.is_global_zero:
+                return
             kept = f"the last one is {self.last.path}" if self.last else "there is none yet"
             warnings.warn(f"no checkpoint could be written ({error}): {kept}; trying again later", stacklevel=2)
 

@@ -19,9 +19,9 @@ class StopOnSignal(Callback):
     """SIGINT and SIGTERM stop the run after the update, evaluation step or chunk of frames under way.
 
     :class:`~qsm_lightning.errors.Interrupted` is raised there, and :class:`~qsm_lightning.callbacks.RunCheckpoint`
-    writes the run's state, from which it goes on exactly. With several ranks a signal to one of them is enough: they
-    agree on where to stop. A second SIGINT stops at once, without a checkpoint. SIGUSR1
-    writes a checkpoint after the batch under way. Outside the main thread signals are left alone.
+    writes the run's state, from which it goes on exactly. A second SIGINT stops at once, without a checkpoint. SIGUSR1
+    writes a checkpoint after the batch under way. With several ranks a signal to one of them is enough: they agree on
+    where to stop. Outside the main thread signals are left alone.
     """
 
     def __init__(self) -> None:

@@ -124,7 +124,8 @@ def train(
         eval_selector="sample",
     )
     torch.manual_seed(0)
-    module = OffPolicyModule(3, 1, partial(loss, **SMALL)).to(dtype)
+    module = OffPolicyModule(3, 1, partial(loss, **SMALL), ema=0.9).to(dtype)
+    module.set_gradient_clipping(10.0 if issubclass(loss, Shared) else 0.5)
     record = Record()
     trainer = Trainer(
         accelerator="cpu",
@@ -173,6 +174,7 @@ def on_ranks(count: int, folder: Path, *args: Any) -> list[dict[str, Any]]:
         process.start()
     for process in processes:
         process.join(300)
+        process.kill()
     assert [process.exitcode for process in processes] == [0] * count
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
 

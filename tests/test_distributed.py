@@ -48,8 +48,10 @@ def apart(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return on_ranks(2, folder, QSM, OffPolicyDataModule, request.param, 500)
 
 
-def test_networks_targets_and_optimizers_stay_bitwise_equal(apart: list[dict[str, Any]]) -> None:
+def test_networks_targets_averages_and_optimizers_stay_bitwise_equal(apart: list[dict[str, Any]]) -> None:
+    """With clipped gradients, too."""
     assert apart[0]["updates"] == 500
+    assert any(key.startswith("averages") for key in apart[0]["module"])
     for content in ("gradients", "module", "optimizers", "returns"):
         assert not differences(apart[0][content], apart[1][content])
 

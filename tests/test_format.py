@@ -17,7 +17,7 @@ import torch
 
 from qsm_lightning import checkpoints
 from tests.compare import last, state
-from tests.processes import Run, fit
+from tests.processes import Run, fit, fit_ranks
 
 FIRST = Path(__file__).parent / "data" / "format_1"
 
@@ -64,3 +64,10 @@ def test_a_run_in_the_first_format_goes_on(run: Path, tmp_path: Path) -> None:
     assert after["progress"]["updates"] == 30
     for key, value in before["replay"].items():
         assert torch.equal(value[10:], after["replay"][key][:40]), key
+
+
+def test_a_run_in_the_first_format_goes_on_with_two_processes(run: Path, tmp_path: Path) -> None:
+    out = fit_ranks(tmp_path, 2, "--resume", run, "--data.total_frames=64")
+    assert "the checkpoint is of 1 processes and goes on with 2" in out
+    parts = [rank["replay"] for rank in state(run)["OffPolicyDataModule"]["ranks"]]
+    assert sum(len(part["action"]) for part in parts) == 50

@@ -53,10 +53,10 @@ def clipped(gradients: list[torch.Tensor], value: float, algorithm: str | None) 
     return [g * min(1.0, value / float(norm)) for g in gradients]
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("low", [None, torch.bfloat16, torch.float16], ids=["full", "bfloat16", "float16, scaled"])
 @pytest.mark.parametrize(("clip", "algorithm"), [(None, None), (0.5, None), (0.02, "value")])
 def test_a_training_step_is_the_plain_loop(
-    clip: float | None, algorithm: Literal["value"] | None, scaled: bool, tmp_path: Path
+    clip: float | None, algorithm: Literal["value"] | None, low: torch.dtype | None, tmp_path: Path
 ) -> None:
     """30 updates by the Trainer equal the same updates written out with two Adams; bitwise, but for clipping."""
 
@@ -70,6 +70,12 @@ def test_a_training_step_is_the_plain_loop(
             self.states.append(torch.get_rng_state())
             return batch  # type: ignore[return-value]
 
+    scale = 64.0 if low == torch.float16 else 1.0
+    plugin = {
+        None: None,
+        torch.bfloat16: MixedPrecision("bf16-mixed", "cpu"),
+        torch.float16: MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", scale)),
+    }[low]
     data = Recorded("Pendulum-v1", 1, 5, 50, 20, 8, utd=1, eval_every_frames=1000, eval_episodes=1)
     torch.manual_seed(0)
     module = OffPolicyModule(3, 1, SMALL, actor_lr_decay_updates=50)
@@ -81,7 +87,7 @@ def test_a_training_step_is_the_plain_loop(
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
-        plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", 64.0))] if scaled else None,
+        plugins=[plugin] if plugin else None,
         default_root_dir=tmp_path,
     ).fit(module, data)
     critic = torch.optim.Adam(plain.critics.parameters(), 3e-4, fused=True)
@@ -93,12 +99,12 @@ def test_a_training_step_is_the_plain_loop(
             actor.param_groups[0]["lr"] = 3e-4 * 0.5 * (1 + math.cos(math.pi * updates / 50))
             for loss_of, optimizer in ((plain.qvalue_loss, critic), (plain.actor_loss, actor)):
                 optimizer.zero_grad()
-                with torch.autocast("cpu", torch.float16, enabled=scaled, cache_enabled=False):
+                with torch.autocast("cpu", low, enabled=low is not None, cache_enabled=False):
                     loss = loss_of(row)[0]
-                (loss * (64 if scaled else 1)).backward()
+                (loss * scale).backward()
                 parameters = optimizer.param_groups[0]["params"]
                 for p in parameters:
-                    p.grad = p.grad / (64 if scaled else 1)
+                    p.grad = p.grad / scale
                 if clip is not None:
                     cut = clipped([p.grad for p in parameters], clip, algorithm)
                     for p, g in zip(parameters, cut, strict=True):

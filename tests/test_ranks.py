@@ -5,18 +5,23 @@ from __future__ import annotations
 import shutil
 import signal
 import time
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.checkpoint import random_frames
+from tensordict import TensorDict
 
 from qsm_lightning import checkpoints
+from qsm_lightning.collect import Progress, RecentExperience
 from qsm_lightning.distributed import Ranks
-from qsm_lightning.sharding import adopt
+from qsm_lightning.replay import ReplayArchive, make_replay_buffer
+from qsm_lightning.sharding import adopt, part_of_frames
 from tests.compare import assert_same, curves, last, rows, state
 from tests.faulty_envs import NAME, plan
-from tests.helpers import SHRINK
+from tests.helpers import SHRINK, replay_batch
 from tests.processes import RankedRun, Run, fit_ranks
 from tests.ranked import frames_of
 
@@ -82,6 +87,20 @@ def test_an_evaluation_has_the_same_starts_on_any_number_of_ranks(tmp_path: Path
         }
 
 
+def test_going_on_is_bitwise_with_few_updates(tmp_path: Path) -> None:
+    """The last losses are each rank's own until the next update, and so are their means in the curves."""
+    settings = [*TINY, "--data.utd=0.125", "--data.storage=memmap"]
+    settings += ["--checkpoint.every_frames=2", "--checkpoint.keep_last=100"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    fit_ranks(one, 2, *settings)
+    shutil.copytree(one, two)
+    start = next(c for c in checkpoints.complete(run_of(two) / "checkpoints") if c.order[0] == 58)
+    fit_ranks(two, 2, "--config", run_of(two) / "config.yaml", "--ckpt_path", start.path)
+    assert_same(run_of(one), run_of(two))
+    assert not list(tmp_path.rglob("replay-*")), "mapped files were left"
+
+
 @pytest.mark.parametrize("frame", [16, 48, 64])
 def test_going_on_is_bitwise(frame: int, whole: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
@@ -93,7 +112,7 @@ def test_going_on_is_bitwise(frame: int, whole: Path, tmp_path: Path) -> None:
     assert len(list(again.glob("runs/*/*"))) == 1
 
 
-@pytest.mark.parametrize("utd", ["1", "20"])
+@pytest.mark.parametrize("utd", ["1", "5"])
 def test_a_signal_to_one_rank_stops_all_at_one_point(utd: str, tmp_path: Path) -> None:
     """Also within the updates of a batch; and the run goes on to the end that it would have had."""
     settings = [*TINY, "--data.total_frames=4096", "--data.eval_every_frames=4096", f"--data.utd={utd}"]
@@ -154,9 +173,9 @@ def _complete(folder: Path) -> list[checkpoints.Checkpoint]:
 @pytest.mark.parametrize("fault", ["hang", "spin"])
 def test_a_rank_that_hangs_ends_the_run(fault: Any, tmp_path: Path) -> None:
     plan(tmp_path, fault, 30, rank=1)
-    run = RankedRun(tmp_path, 2, *FAULTY, "--checkpoint.every_frames=16", "--data.rank_timeout=5")
+    run = RankedRun(tmp_path, 2, *FAULTY, "--checkpoint.every_frames=16", "--data.rank_timeout=15")
     assert run.wait(90) == [3, 137] or run.wait() == [3, 3], run.text
-    assert "no rank got on for 5 s; rank 1 hangs in _fault (" in run.ranks[0].text
+    assert "no rank got on for 15 s; rank 1 hangs in _fault (" in run.ranks[0].text
     assert "faulty_envs.py, line" in run.ranks[0].text
     last(run_of(tmp_path))
 
@@ -164,7 +183,7 @@ def test_a_rank_that_hangs_ends_the_run(fault: Any, tmp_path: Path) -> None:
 def test_a_bug_on_one_rank_ends_the_run_and_is_shown(tmp_path: Path) -> None:
     run = RankedRun(tmp_path, 2, *LONG, "--checkpoint.every_frames=16", "--model.loss=tests.ranked.Buggy", "--trust")
     began = time.monotonic()
-    assert run.wait() == [3, 1], run.text
+    assert run.wait() in ([3, 1], [3, 137]), run.text
     assert time.monotonic() - began < 60
     assert "ValueError: a planted bug" in run.ranks[1].text
     assert "rank 1 failed: ValueError: a planted bug; the run's last state is in" in run.ranks[0].text
@@ -179,6 +198,42 @@ def test_a_failed_environment_of_one_rank_stops_all_with_a_checkpoint(tmp_path: 
     assert last(run_of(tmp_path)).order[0] == 58
     fit_ranks(tmp_path, 2, "--resume", run_of(tmp_path), "--trust")
     assert state(run_of(tmp_path))["OffPolicyDataModule"]["progress"]["frames"] == 96
+
+
+@pytest.mark.parametrize(
+    ("order", "status"),
+    [({"at": "reset", "age": 0, "rank": 1}, "nothing was saved"), ({"where": "video", "age": 3, "rank": 0}, "saved")],
+)
+def test_a_fault_elsewhere_on_one_rank_is_said_at_once(order: dict[str, Any], status: str, tmp_path: Path) -> None:
+    """In the first reset, which all ranks do, and in what the first rank does alone."""
+    plan(tmp_path, "raise", **order)
+    video = ["--trainer.callbacks+=qsm_lightning.callbacks.EvaluationVideo", "--trainer.callbacks.max_frames=20"]
+    run = RankedRun(tmp_path, 2, *FAULTY, *(video if order.get("where") == "video" else []))
+    began = time.monotonic()
+    assert run.wait() == [3, 3], run.text
+    assert time.monotonic() - began < 40
+    assert "(ValueError: the robot fell over)" in run.text
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_only_the_lost_one_of_three_is_blamed(lost: int, tmp_path: Path) -> None:
+    run = RankedRun(tmp_path, 3, *LONG, "--data.batch_size=9", "--checkpoint.every_frames=15")
+    run.ranks[0].until(lambda: bool(_complete(tmp_path)))
+    run.ranks[lost].signal(signal.SIGKILL)
+    statuses = run.wait()
+    assert statuses[0] == 3, run.text
+    assert run.text.count("ended without a word") == 1, run.text
+    assert f"rank {lost} ended without a word" in run.text
+
+
+def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(whole: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(whole, again)
+    run = run_of(again)
+    (last(run).path / "state.ckpt").write_bytes(b"damaged")
+    text = fit_ranks(again, 2, "--resume", run)
+    assert text.count("going on from") == 1, text
+    assert state(run)["OffPolicyDataModule"]["progress"]["frames"] == 96
 
 
 def test_a_restarted_environment_of_one_rank_leaves_the_other_alone(tmp_path: Path) -> None:
@@ -201,28 +256,65 @@ def test_two_ranks_learn_pendulum_as_one_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
 def test_another_number_of_ranks_goes_on_with_every_frame(before: int, after: int, tmp_path: Path) -> None:
-    settings = [*TINY, "--data.total_frames=60", "--data.batch_size=12"]
+    settings = [*TINY, "--data.total_frames=62", "--data.batch_size=12"]
     fit_ranks(tmp_path, before, *settings)
     run = run_of(tmp_path)
     stored = frames_of(frames_in(run))
-    assert len(stored) == 60
+    assert len(stored) == 62
     resume = ("--resume", run, "--data.total_frames=90")
     text = fit_ranks(tmp_path, after, *resume)
     assert text.count(f"the checkpoint is of {before} processes and goes on with {after}") == 1, text
     parts = frames_in(run)
     assert len(parts) == after
     now = frames_of(parts)
-    assert len(now) == 90
+    end = 92 if after == 3 else 90
+    sizes = [len(part["action"]) for part in parts]
+    assert len(now) == sum(sizes) == end, "a frame was doubled"
     both = torch.unique(torch.cat([stored, now]), dim=0)
     assert torch.equal(both, now), "a frame was lost"
-    sizes = [len(part["action"]) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     steps = [step for step, _ in curves(run)["eval/return"]]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 90
+    assert steps[-1] == end
 
 
-def test_no_frame_is_lost_where_the_shares_do_not_come_out_even() -> None:
+@pytest.mark.parametrize("before", [1, 2, 5])
+@pytest.mark.parametrize("after", [1, 2, 3, 7])
+def test_frames_are_shared_out_without_loss(before: int, after: int, tmp_path: Path) -> None:
+    """Rings that have wrapped, some of them in the middle of a file, and shares that do not come out even."""
+    saved, kept = [], []
+    for rank in range(before):
+        buffer, archive = make_replay_buffer(23), ReplayArchive(tmp_path, rank)
+        for part in range(3):
+            buffer.extend(random_frames(11 + rank, 2, 1))
+            if part != 1:
+                archive.save(buffer)
+        saved.append(
+            {"replay": [astuple(chunk) for chunk in archive.chunks], "written": buffer.write_count, "capacity": 23}
+        )
+        kept.append(buffer[:].select("observation", "action", "next").to_dict())
+    found = []
+    for rank in range(after):
+        pieces, most = part_of_frames(saved, tmp_path, _ranks(rank, after), 0)
+        found.append(TensorDict.cat(list(pieces)).to_dict())
+        assert len(found[-1]["action"]) in (most, most - 1)
+    assert sum(len(part["action"]) for part in found) == 23 * before
+    assert torch.equal(frames_of(found), frames_of(kept))
+
+
+def test_updates_left_undone_are_cut_anew() -> None:
+    whole = replay_batch(24).reshape(2, 12)
+    saved = [
+        {"owed": (whole[:, part].to_dict(), 2), "recent": asdict(RecentExperience()), "progress": asdict(Progress())}
+        for part in (slice(0, 4), slice(4, 8), slice(8, 12))
+    ]
+    parts = [adopt(saved, _ranks(rank, 2))["owed"] for rank in range(2)]
+    assert [count for _, count in parts] == [2, 2]
+    again = torch.cat([TensorDict(part, [2, 6]) for part, _ in parts], 1)
+    assert (again == whole).all()
+
+
+def test_counts_go_to_the_ranks_that_there_are() -> None:
     ranks = [
         {"owed": None, "recent": {"returns": [float(r)], "lengths": [3], "frames": 5, "at_bounds": 0.5}}
         for r in range(5)

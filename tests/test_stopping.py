@@ -50,12 +50,11 @@ def test_a_second_ctrl_c_is_not_agreed_on() -> None:
     assert stop.value.at_once
 
 
-def test_a_fault_passes_as_it_is() -> None:
-    fault = EnvironmentFault("the robot fell over")
-
+def test_a_fault_is_marked_as_everybodys() -> None:
     def fails() -> None:
-        raise fault
+        raise EnvironmentFault("the robot fell over")
 
-    with pytest.raises(EnvironmentFault) as error:
+    with pytest.raises(EnvironmentFault, match="^the robot fell over$") as error:
         Stopping(Ranks()).together(fails)
-    assert error.value is fault
+    assert error.value.agreed
+    assert not EnvironmentFault().agreed

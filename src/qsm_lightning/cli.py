@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -26,7 +27,7 @@ from qsm_lightning import callbacks as cb
 from qsm_lightning import checkpoints, durable, launching, resources, resume, runs, trust
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, on_all_ranks, require
+from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, require
 from qsm_lightning.loggers import run_loggers
 from qsm_lightning.losses import QSM, QSMLoss
 from qsm_lightning.messages import ParserErrors, loss_settings, one_line, shipped_config
@@ -34,6 +35,8 @@ from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.precision import check_precision
 
 log = logging.getLogger(__name__)
+
+CHOSEN = "QSM_CHECKPOINT"  # tells processes that this one starts which checkpoint they go on from
 
 EPILOG = """
 Settings of the algorithm (model.loss), with their defaults:
@@ -136,6 +139,9 @@ class FitCLI(LightningCLI):
         self.held: Any = None
         ckpt_path = self.config["ckpt_path"]
         if ckpt_path is None:
+            return
+        if rank_zero_only.rank > 0 and CHOSEN in os.environ:  # type: ignore[attr-defined]
+            self.checkpoint = Checkpoint(Path(os.environ[CHOSEN]))
             return
         siblings = self._root / (self.config["name"] or run_name(self.config["data"]["env"]))
         place = (ckpt_path, self.run_folder, siblings)
@@ -297,6 +303,7 @@ def _fit(args: list[str] | None) -> None:
         if checkpoint is not None and progress is not None:
             checkpoints.set_aside_after(checkpoint)  # first: with newer ones there, the curves must reach them
             runs.cut_curves(run, progress["frames"], progress["evaluated"] == progress["frames"])
+            os.environ[CHOSEN] = str(checkpoint.path)
         at = f" from frame {checkpoint.order[0]}" if checkpoint else ""
         print(f"qsm-fit: {run}{at}\n{size}", flush=True)
     try:
@@ -308,7 +315,9 @@ def _fit(args: list[str] | None) -> None:
     except TrainingFault as fault:
         last = (writer.last if writer else None) or checkpoint
         where = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
-        raise TrainingFault(f"{fault}; {where}") from fault
+        told = TrainingFault(f"{fault}; {where}")
+        told.agreed = fault.agreed
+        raise told from fault
     except MisconfigurationException as error:
         raise SettingError(one_line(error)) from error
     finally:
@@ -361,7 +370,7 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
 def _stop(prog: str, error: BaseException, message: str, status: int) -> NoReturn:
     """End with a sentence; what all ranks end with is said by the first."""
     _ignore_ctrl_c()
-    if rank_zero_only.rank == 0 or not on_all_ranks(error):  # type: ignore[attr-defined]
+    if rank_zero_only.rank == 0 or not getattr(error, "agreed", False):  # type: ignore[attr-defined]
         print(f"{_speaker(prog)}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 

@@ -25,7 +25,7 @@ from qsm_lightning.collect import Progress, RecentExperience, make_collector
 from qsm_lightning.distributed import Ranks
 from qsm_lightning.env_state import NoStateError, env_states, load_env_states
 from qsm_lightning.envs import make_env
-from qsm_lightning.errors import EnvironmentFault, Interrupted, TrainingFault, on_all_ranks, require, require_positive
+from qsm_lightning.errors import EnvironmentFault, Interrupted, TrainingFault, require, require_positive
 from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.plain import generators_state, load_generators_state
@@ -200,8 +200,7 @@ class OffPolicyDataModule(LightningDataModule):
         self.eval_selectors = SELECTORS if eval_selector == "both" else (eval_selector,)
         self.eval_candidates = eval_candidates
         self.env_restarts = env_restarts
-        others = env_processes or collector != "local"  # whose own time limit comes first
-        self.rank_timeout = max(rank_timeout, env_timeout + 10 if others else 0)
+        self.rank_timeout = max(rank_timeout, env_timeout + 10 if env_processes else 0)  # theirs comes first
         self.env_timeout = env_timeout
         self.collector_kind = collector
         self.collector_workers = collector_workers
@@ -218,6 +217,7 @@ class OffPolicyDataModule(LightningDataModule):
         self._eval_env: EnvBase | None = None
         self._mapped: Path | None = None
         self._workers: Workers | None = None
+        self.started = False  # from then on there is a state to save
         self._chunks: Iterator[TensorDictBase] | None = None
         self._owed: TensorDictBase | None = None
         self._archive: ReplayArchive | None = None
@@ -236,6 +236,8 @@ class OffPolicyDataModule(LightningDataModule):
         self.ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
         self.stopping.ranks = self.ranks
         self.run = runs.agreed_folder(self.trainer, self.ranks)
+        chosen = set(self.ranks.gather(str(self.trainer.ckpt_path or "")))
+        require(len(chosen) == 1, f"the processes chose different checkpoints ({', '.join(chosen)}): name one of them")
         if self.ranks.count > 1:
             launched = launching.take_over_children(self.trainer)
             self._watch = Watch(self.ranks, self.rank_timeout, launched, lambda: runs.and_now_of(self.run))
@@ -259,8 +261,8 @@ class OffPolicyDataModule(LightningDataModule):
 
     def start(self) -> None:
         """Begin to collect, with the random streams of a new run or the saved ones: the last thing before training."""
-        if self._chunks is None:
-            self.surviving(self._start_env, self._rebuild_env)
+        if not self.started:
+            self._begin()
         if self._generators is None:
             torch.manual_seed(self._seed(Purpose.NOISE))
         else:
@@ -280,10 +282,10 @@ class OffPolicyDataModule(LightningDataModule):
         later = (progress.frames, progress.env_restarts) if progress.frames or progress.env_restarts else ()
         return derive_seed(global_seed(), self.ranks.rank, purpose, *later, *path)
 
-    @property
-    def started(self) -> bool:
-        """Whether there is a state to save."""
-        return self._chunks is not None
+    def _begin(self) -> None:
+        """Have environments that collect, on all ranks."""
+        self.stopping.together(lambda: self.surviving(self._start_env, self._rebuild_env))
+        self.started = True
 
     def _start_env(self) -> None:
         """Seed the environments, made anew after a fault, and collect from them."""
@@ -527,7 +529,7 @@ class OffPolicyDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a process needs to go on: the ranks' counters, generators, environments; buffers by file name."""
-        if self._chunks is None:
+        if not self.started:
             return {}
         return {"progress": asdict(self.progress), "ranks": self.ranks.gather(self._rank_state())}
 
@@ -557,7 +559,7 @@ class OffPolicyDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["ranks"]
-        mine = saved[self.ranks.rank] if len(saved) == self.ranks.count else sharding.adopt(saved, self.ranks)
+        mine = saved[self.ranks.rank] if len(saved) == self.ranks.count else self._adopted(saved)
         self.progress = Progress(**mine["progress"])
         self.recent = RecentExperience(**mine["recent"])
         if mine["replay"] is None:
@@ -575,6 +577,15 @@ class OffPolicyDataModule(LightningDataModule):
         elif self.evaluation_owed:  # stopped between a batch and the evaluation after it: an empty batch leads there
             self._owed = TensorDict(batch_size=[0, self._rank_batch])
         self._generators = mine["generators"]
+
+    def _adopted(self, saved: list[dict[str, Any]]) -> dict[str, Any]:
+        """This rank's part of the state of another number of ranks."""
+        self._say(
+            "the checkpoint is of %d processes and goes on with %d: their replay buffers are shared out anew with "
+            "every frame, environments go on as far as there are as many, and what follows differs from a run on %d",
+            *(len(saved), self.ranks.count, len(saved)),
+        )
+        return sharding.adopt(saved, self.ranks)
 
     @property
     def _saved_frames(self) -> Path:
@@ -595,16 +606,11 @@ class OffPolicyDataModule(LightningDataModule):
         self._archive.load(self.buffer, mine["written"])
 
     def _load_part(self, saved: list[dict[str, Any]]) -> None:
-        """Take this rank's part of the frames that another number of ranks saved, and say so."""
-        frames, capacity = sharding.part_of_frames(saved, self._saved_frames, self.ranks)
+        """Take this rank's part of the frames that another number of ranks saved."""
+        frames, capacity = sharding.part_of_frames(saved, self._saved_frames, self.ranks, self.buffer_size)
         self._make_buffer(max(capacity, math.ceil(self.buffer_size / self.ranks.count)))
         for piece in frames:
             self.buffer.extend(piece)
-        self._say(
-            "the checkpoint is of %d processes and goes on with %d: their replay buffers are shared out anew with "
-            "every frame, environments go on as far as there are as many, and what follows differs from a run on %d",
-            *(len(saved), self.ranks.count, len(saved)),
-        )
 
     def _refill(self) -> None:
         """Without the frames, updates wait for new ones."""
@@ -617,7 +623,8 @@ class OffPolicyDataModule(LightningDataModule):
 
     def _load_envs(self, mine: dict[str, Any]) -> None:
         """Put the environments where they were, or say that their episodes begin anew."""
-        self.surviving(self._start_env, self._rebuild_env)
+        self._begin()
+        why = ""
         try:
             if mine["envs"] is None:
                 raise NoStateError("the checkpoint has no state of theirs")
@@ -625,14 +632,19 @@ class OffPolicyDataModule(LightningDataModule):
                 raise NoStateError(WITH_WORKERS)
             load_env_states(self.env, mine["envs"])
         except NoStateError as reason:
-            self._say("%s begins new episodes (%s); all else goes on as it was", self.env_name, reason)
-            return
-        carrier = TensorDict(mine["carrier"], self.env.batch_size)
-        self.collector._carrier = carrier if self.collector._carrier.device is None else carrier.to(self.env.device)
+            why = str(reason)
+        else:
+            carrier = TensorDict(mine["carrier"], self.env.batch_size)
+            on_cpu = self.collector._carrier.device is None
+            self.collector._carrier = carrier if on_cpu else carrier.to(self.env.device)
+        reasons = {why: rank for rank, why in enumerate(self.ranks.gather(why)) if why}
+        for why, rank in reasons.items():
+            where = f" of rank {rank}" if rank and "" in reasons else ""
+            self._say("%s%s begins new episodes (%s); all else goes on as it was", self.env_name, where, why)
 
     def on_exception(self, exception: BaseException) -> None:
         """Lightning tears nothing down after an exception."""
-        if self._watch is not None and not on_all_ranks(exception):
+        if self._watch is not None and not getattr(exception, "agreed", False):
             self._watch.failed(exception)
             self._watch = None
         self.teardown("fit")

@@ -138,10 +138,11 @@ def belong_to_parent() -> None:
     threading.Thread(target=end_without, args=(os.getppid(),), daemon=True).start()
 
 
-def end_without(parent: int) -> None:
-    """For a thread: end this process when the one that started it is gone, however it hangs."""
+def end_without(parent: int, grace: float = 0.0) -> None:
+    """For a thread: end this process ``grace`` seconds after the one that started it is gone, however it hangs."""
     while os.getppid() == parent:
         time.sleep(1)
+    time.sleep(grace)
     os._exit(1)
 
 

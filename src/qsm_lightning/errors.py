@@ -11,7 +11,12 @@ class SettingError(ValueError):
 
 
 class TrainingFault(RuntimeError):
-    """Training cannot go on: NaN or inf in a loss or an action, a failed environment (exit status 3)."""
+    """Training cannot go on: NaN or inf in a loss or an action, a failed environment (exit status 3).
+
+    ``agreed`` means that all processes of the run end with it.
+    """
+
+    agreed = False
 
 
 class EnvironmentFault(TrainingFault):
@@ -23,20 +28,17 @@ class EnvironmentFault(TrainingFault):
 class Interrupted(BaseException):
     """A signal asked to stop; ``checkpoint`` is where the run's state was written (exit status 128 + number).
 
-    ``at_once`` means in the middle of things, where there is no state to write. It is not an ``Exception``: code that
-    handles errors must let it pass.
+    ``at_once`` means in the middle of things, where there is no state to write, and ``agreed`` that all processes of
+    the run end with it. It is not an ``Exception``: code that handles errors must let it pass.
     """
+
+    agreed = False
 
     def __init__(self, signum: int, at_once: bool = False) -> None:
         super().__init__(f"interrupted by {signal.Signals(signum).name}")
         self.signum = signum
         self.at_once = at_once
         self.checkpoint: Path | None = None
-
-
-def on_all_ranks(error: BaseException) -> bool:
-    """Whether all processes of a run end with this error: they agreed on it."""
-    return isinstance(error, TrainingFault) or (isinstance(error, Interrupted) and not error.at_once)
 
 
 def require(condition: bool, message: str) -> None:

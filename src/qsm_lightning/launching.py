@@ -16,6 +16,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from qsm_lightning.env_faults import end_without
 from qsm_lightning.errors import require
 
+GRACE = 15.0  # seconds
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 
 
@@ -87,9 +88,12 @@ def _several(given: dict[str, Any], accelerator: Any) -> bool:
     """Whether the settings ask for more than one process."""
     if given["num_nodes"] > 1:
         return True
-    if given["devices"] in ("auto", "-1", -1):
+    devices = given["devices"]
+    if devices in ("auto", "-1", -1):
         return accelerator in ("auto", "gpu", "cuda") and torch.cuda.device_count() > 1
-    return given["devices"] not in (1, "1")
+    if isinstance(devices, str) and "," in devices:
+        devices = [index for index in devices.split(",") if index.strip()]
+    return len(devices) > 1 if isinstance(devices, list) else int(devices) > 1
 
 
 def take_over_children(trainer: Trainer) -> list[subprocess.Popen[Any]]:
@@ -105,6 +109,9 @@ def take_over_children(trainer: Trainer) -> list[subprocess.Popen[Any]]:
 
 
 def end_with_parent() -> None:
-    """In a process that ``qsm-fit`` has started for another device: end when that one is gone."""
+    """In a process that ``qsm-fit`` has started for another device: end when that one is gone.
+
+    Once they train together, :mod:`qsm_lightning.watch` sees it sooner, and says it.
+    """
     if int(os.environ.get("LOCAL_RANK", 0)) > 0 and launched() is None:
-        threading.Thread(target=end_without, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=end_without, args=(os.getppid(), GRACE), daemon=True).start()

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.plugins import MixedPrecision
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -163,11 +164,12 @@ class OffPolicyModule(LightningModule):
         self.skipped_steps += 1
         frames, in_a_row = datamodule_of(self.trainer).progress.frames, self._skipped_in_a_row[term]
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise TrainingFault(
+            fault = TrainingFault(
                 f"training diverged: the gradients of loss/{term} are NaN or infinite at frame {frames}, "
                 f"{in_a_row} times in a row, also with a loss scale of {self._loss_scale:g}"
             )
-        if self.skipped_steps.bit_count() == 1:
+            datamodule_of(self.trainer).stopping.agree(fault)  # the scale is the same on all ranks
+        if self.skipped_steps.bit_count() == 1 and self.trainer.is_global_zero:
             log.warning(
                 "the gradients of loss/%s overflowed at frame %d: the step was skipped (%d in all), and the loss scale "
                 "is %g from now on",
@@ -186,7 +188,8 @@ class OffPolicyModule(LightningModule):
             prefix = "eval" if i == 0 else f"eval_{selector}"
             returns = episodes["return"]
             if not returns.isfinite().all():
-                raise TrainingFault(f"{prefix}/return is NaN or infinite after frame {frames}")
+                fault = TrainingFault(f"{prefix}/return is NaN or infinite after frame {frames}")
+                datamodule_of(self.trainer).stopping.agree(fault)
             self.log_dict(
                 {
                     f"{prefix}/return": returns.mean(),
@@ -198,18 +201,21 @@ class OffPolicyModule(LightningModule):
 
     def on_train_start(self) -> None:
         datamodule_of(self.trainer).start()
+        self.metrics = {name: value.to(self.device) for name, value in self.metrics.items()}
         if self.trainer.scaler is not None:
             self._loss_scale = self.trainer.scaler.get_scale()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.run_identity(self.trainer)
-        checkpoint["metrics"] = self.metrics
-        checkpoint["skipped_steps"] = self.skipped_steps
         data = datamodule_of(self.trainer)
+        checkpoint["metrics"] = data.ranks.gather(self.metrics)
+        checkpoint["skipped_steps"] = self.skipped_steps
         put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.batches)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.metrics = checkpoint["metrics"]
+        metrics = checkpoint["metrics"]
+        of_ranks = metrics if isinstance(metrics, list) else [metrics]  # one process's alone before there were several
+        self.metrics = of_ranks[self.trainer.global_rank if len(of_ranks) == self.trainer.world_size else 0]
         self.skipped_steps = checkpoint.get("skipped_steps", 0)  # absent in checkpoints from before there was a scaler
         floats = (value for value in checkpoint["state_dict"].values() if value.is_floating_point())
         self.to(next(floats).dtype)  # Lightning converts to float64 only after it has loaded
@@ -226,8 +232,8 @@ class OffPolicyModule(LightningModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
         """Adam for every term of the loss: ``critic_lr`` for qvalue; ``actor_lr``, with its decay, for any other."""
         decay = self.hparams["actor_lr_decay_updates"]
-        # a fused step takes the loss scale out of the gradients itself, when it is too late to clip them
-        fused = self.gradient_clip_val is None or self.trainer.scaler is None
+        # a fused step takes a loss scale out itself, too late for clipping, and mixed precision then refuses to clip
+        fused = self.gradient_clip_val is None or not isinstance(self.trainer.precision_plugin, MixedPrecision)
 
         def cosine(update: int) -> float:
             return 0.5 * (1 + math.cos(math.pi * min(update / decay, 1))) if decay else 1.0

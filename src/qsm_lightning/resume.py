@@ -20,7 +20,6 @@ FREE = {
     *("total_frames", "storage", "storage_dir", "save_buffer"),
     *("eval_every_frames", "eval_episodes", "eval_selector", "eval_candidates"),
     *("env_processes", "env_timeout", "env_restarts", "rank_timeout"),
-    *("env_processes", "env_timeout", "env_restarts"),
     *("collector", "collector_workers", "collector_max_staleness"),
 }
 

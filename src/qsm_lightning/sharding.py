@@ -27,9 +27,12 @@ def adopt(saved: list[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
     """
     mine = saved[ranks.rank] if ranks.rank < len(saved) else saved[0] | dict.fromkeys(("generators", "sampler", "envs"))
     heirs = saved[ranks.rank :: ranks.count]
-    total = {key: sum(one["progress"][key] for one in heirs) for key in ("episodes", "env_restarts")}
+    counts = {
+        "episodes": sum(one["progress"]["episodes"] for one in heirs),
+        "env_restarts": max((one["progress"]["env_restarts"] for one in heirs), default=0),
+    }
     recent = asdict(RecentExperience.of_all(RecentExperience(**one["recent"]) for one in heirs))
-    return mine | {"progress": mine["progress"] | total, "recent": recent, "owed": _owed(saved, ranks)}
+    return mine | {"progress": mine["progress"] | counts, "recent": recent, "owed": _owed(saved, ranks)}
 
 
 def _owed(saved: list[dict[str, Any]], ranks: Ranks) -> Any:
@@ -44,7 +47,9 @@ def _owed(saved: list[dict[str, Any]], ranks: Ranks) -> Any:
     return whole[:, mine.start : mine.stop].clone().to_dict(), count
 
 
-def part_of_frames(saved: list[dict[str, Any]], folder: Path, ranks: Ranks) -> tuple[Iterator[TensorDict], int]:
+def part_of_frames(
+    saved: list[dict[str, Any]], folder: Path, ranks: Ranks, buffer_size: int
+) -> tuple[Iterator[TensorDict], int]:
     """A rank's part of the frames that all ranks' buffers held, oldest first, and how many they are at most.
 
     File by file in the order of time, every ``ranks.count``-th frame goes to this rank: none is left out, none is
@@ -54,9 +59,11 @@ def part_of_frames(saved: list[dict[str, Any]], folder: Path, ranks: Ranks) -> t
         saved: the states of all ranks.
         folder: where the files of frames are.
         ranks: the ranks there are now.
+        buffer_size: capacity of all saved buffers, where their states do not tell it.
     """
+    share = -(-buffer_size // len(saved))
     chunks = [
-        (chunk, rank, max(0, one["written"] - one["capacity"]))
+        (chunk, rank, max(0, one["written"] - one.get("capacity", share)))
         for rank, one in enumerate(saved)
         for chunk in (Chunk(*fields) for fields in one["replay"])
     ]

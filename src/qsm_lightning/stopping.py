@@ -47,14 +47,23 @@ class Stopping:
         self._agreed, save, worst = self.ranks.highest(self.signal or 0, self.save_wanted, severity)
         self.save_agreed = bool(save)
         if worst == 1:
-            raise Interrupted(self._agreed)
-        if worst == 2 and self.ranks.count > 1:
-            said = self.ranks.gather((severity, isinstance(stop, EnvironmentFault), str(stop)))
-            rank = next(rank for rank, (how, _, _) in enumerate(said) if how == 2)
-            _, of_env, why = said[rank]
-            raise (EnvironmentFault if of_env else TrainingFault)(f"rank {rank}: {why}") from stop
-        if stop is not None:
-            raise stop
+            raise self._interrupted()
+        if worst == 2:
+            raise self._fault(severity, stop) from stop
+
+    def _interrupted(self) -> Interrupted:
+        stop = Interrupted(self._agreed)
+        stop.agreed = True
+        return stop
+
+    def _fault(self, severity: int, mine: TrainingFault | Interrupted | None) -> TrainingFault:
+        """The fault of the first rank that has one."""
+        said = self.ranks.gather((severity, isinstance(mine, EnvironmentFault), str(mine)))
+        rank = next(rank for rank, (how, _, _) in enumerate(said) if how == 2)
+        _, of_env, why = said[rank]
+        fault = (EnvironmentFault if of_env else TrainingFault)(f"rank {rank}: {why}" if len(said) > 1 else why)
+        fault.agreed = True
+        return fault
 
     def together(self, act: Callable[[], T]) -> T:
         """``act``, after which all ranks go on or none does."""
@@ -77,7 +86,7 @@ class Stopping:
         if self.ranks.count == 1 or self._checks % AGREE_EVERY == 0:
             self.agree()
         if self._agreed:
-            raise Interrupted(self._agreed)
+            raise self._interrupted()
 
     def leave(self) -> None:
         """Within what :meth:`together` does: leave it if a signal came to this process."""

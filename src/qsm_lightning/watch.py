@@ -46,7 +46,8 @@ class Watch:
     """A thread on every rank that exchanges signs of life with the others', and ends this process when one is lost.
 
     A rank is lost when its process is gone, when it said that it failed, or when it does not answer. All are lost when
-    for ``timeout`` seconds none of them gets on: one hangs, and the others wait for it.
+    for ``timeout`` seconds none of them gets on: one hangs, and the others wait for it. That is so from the first step
+    of an environment, or the first replay frames that are loaded; before, connecting has a time limit of its own.
 
     Args:
         ranks: the processes; all of them make their watch at the same time.
@@ -97,7 +98,7 @@ class Watch:
             mine = Sign(_beats, self._state, _place(self._main))
             try:
                 signs = self._exchange(mine)
-            except RuntimeError:  # a connection is broken, or nothing came
+            except Exception:  # a connection is broken, or nothing came
                 lost = {rank: why for rank in range(self.ranks.count) if (why := self._gone(rank))}
                 self._stop([f"rank {r} {why}" for r, why in lost.items()] or ["a rank does not answer"], list(lost))
                 return
@@ -134,16 +135,21 @@ class Watch:
     def _stop(self, reasons: list[str], at_fault: list[int]) -> None:
         """End this process, and what is left of the others on this machine. The first sound rank says why."""
         sound = [rank for rank in range(self.ranks.count) if rank not in at_fault]
-        if self.ranks.rank == (sound or [0])[0]:
-            print(f"qsm-fit: {'; '.join(reasons)}{self.closing_words()}", file=sys.stderr, flush=True)
+        try:
+            if self.ranks.rank != (sound or [0])[0]:
+                time.sleep(6 * PERIOD)  # for it to look at the others: this one is not at fault
+                return
+            with contextlib.suppress(Exception):  # nobody may be listening
+                print(f"qsm-fit: {'; '.join(reasons)}{self.closing_words()}", file=sys.stderr, flush=True)
             others = {pid for host, pid in self._processes if host == socket.gethostname() and pid != os.getpid()}
-            end = time.monotonic() + 10 * PERIOD  # for the others to see the same, and to say what befell them
+            end = time.monotonic() + 12 * PERIOD  # for the others to see the same, and to say what befell them
             while any(map(_status, others)) and time.monotonic() < end:
                 time.sleep(PERIOD / 5)
             for pid in filter(_status, others):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
-        os._exit(3)
+        finally:
+            os._exit(3)
 
 
 def _status(pid: int) -> str | None:
