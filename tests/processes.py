@@ -68,13 +68,13 @@ class Run:
         assert code is not None
         return code if code >= 0 else 128 - code
 
-    def until(self, condition: Callable[[], bool], timeout: float = 60) -> None:
+    def until(self, condition: Callable[[], bool], timeout: float = 60, pause: float = 0.01) -> None:
         """Wait for something to be so while it runs."""
         end = time.monotonic() + timeout
         while not condition():
             assert self.process.is_alive(), f"ended before:\n{self.text}"
             assert time.monotonic() < end, f"not within {timeout} s:\n{self.text}"
-            time.sleep(0.01)
+            time.sleep(pause)
 
     def signal(self, signum: int) -> None:
         assert self.process.pid is not None

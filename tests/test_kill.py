@@ -39,6 +39,14 @@ def newest(run: Path) -> int:
     return found[-1].order[0] if found else 0
 
 
+def saving(run: Path, since: float) -> bool:
+    """Whether a checkpoint is being written, by a process that began after ``since``."""
+    try:
+        return (run / "checkpoints" / ".staging").stat().st_mtime > since
+    except FileNotFoundError:
+        return False
+
+
 def reached(run: Path, frames: int) -> bool:
     return newest(run) >= frames
 
@@ -55,11 +63,14 @@ def test_killed_25_times_and_still_the_same_run(seed: int, tmp_path: Path) -> No
     while kills < 25:
         saved = checkpoints.complete(folder / "checkpoints")
         args = ["--resume", folder] if saved else SETTINGS
+        began = time.time()
         run = Run(tmp_path / "killed", *args)
-        if moments.random() < 0.8:  # after some checkpoints of its own, or wherever it is, start-up included
+        if kills % 5 == 4:
+            run.until(partial(saving, folder, began), pause=0.0005)
+        elif moments.random() < 0.8:  # after some checkpoints of its own, or wherever it is, start-up included
             until = (saved[-1].order[0] if saved else 0) + EVERY * moments.randint(1, 4)
             run.until(partial(reached, folder, until))
-        time.sleep(moments.uniform(0, 0.2))
+        time.sleep(0 if kills % 5 == 4 else moments.uniform(0, 0.2))
         run.signal(signal.SIGKILL)
         assert run.wait() == 128 + signal.SIGKILL, run.text
         assert "Traceback" not in run.text

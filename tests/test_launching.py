@@ -185,7 +185,8 @@ def test_one_process_needs_no_strategy() -> None:
 
 def test_a_rank_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     """Also while it is still waiting for the other ranks."""
-    script = "import time\nfrom qsm_lightning import launching\nlaunching.end_with_parent()\ntime.sleep(100)"
+    script = "import time\nfrom qsm_lightning import launching\nlaunching.GRACE = 0\n"
+    script += "launching.end_with_parent()\ntime.sleep(100)"
     shell = f"{sys.executable} -c '{script}' & echo $!; sleep 100"
     env = os.environ | {"LOCAL_RANK": "1"}
     parent = subprocess.Popen(["bash", "-c", shell], env=env, stdout=subprocess.PIPE, text=True)

@@ -264,6 +264,7 @@ def test_another_number_of_ranks_goes_on_with_every_frame(before: int, after: in
     resume = ("--resume", run, "--data.total_frames=90")
     text = fit_ranks(tmp_path, after, *resume)
     assert text.count(f"the checkpoint is of {before} processes and goes on with {after}") == 1, text
+    assert (f"Pendulum-v1 of rank {before} begins new episodes" in text) == (after > before), text
     parts = frames_in(run)
     assert len(parts) == after
     now = frames_of(parts)

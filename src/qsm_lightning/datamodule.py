@@ -637,9 +637,10 @@ class OffPolicyDataModule(LightningDataModule):
             carrier = TensorDict(mine["carrier"], self.env.batch_size)
             on_cpu = self.collector._carrier.device is None
             self.collector._carrier = carrier if on_cpu else carrier.to(self.env.device)
-        reasons = {why: rank for rank, why in enumerate(self.ranks.gather(why)) if why}
-        for why, rank in reasons.items():
-            where = f" of rank {rank}" if rank and "" in reasons else ""
+        reasons = self.ranks.gather(why)
+        for why in sorted(set(reasons) - {""}):
+            whose = [str(rank) for rank, other in enumerate(reasons) if other == why]
+            where = f" of rank {', '.join(whose)}" if len(whose) < len(reasons) else ""
             self._say("%s%s begins new episodes (%s); all else goes on as it was", self.env_name, where, why)
 
     def on_exception(self, exception: BaseException) -> None:
