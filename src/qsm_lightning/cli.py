@@ -140,8 +140,8 @@ class FitCLI(LightningCLI):
         ckpt_path = self.config["ckpt_path"]
         if ckpt_path is None:
             return
-        if rank_zero_only.rank > 0 and CHOSEN in os.environ:  # type: ignore[attr-defined]
-            self.checkpoint = Checkpoint(Path(os.environ[CHOSEN]))
+        if chosen := _chosen():
+            self.checkpoint = Checkpoint(Path(chosen))
             return
         siblings = self._root / (self.config["name"] or run_name(self.config["data"]["env"]))
         place = (ckpt_path, self.run_folder, siblings)
@@ -237,7 +237,7 @@ def _resumed(args: list[str]) -> tuple[list[str], Path | None, bool]:
     except argparse.ArgumentError as error:  # a value too few or too many
         raise SettingError(f"{one_line(error)}; see qsm-fit --help") from error
     if known.resume is not None:
-        run, ckpt_path = resume.run_of(known.resume)
+        run, ckpt_path = resume.run_of(_chosen() or known.resume)
         config = run / runs.CONFIG
         known.config.append(str(config))
         args = ["--config", str(config), "--ckpt_path", ckpt_path, *args]
@@ -247,6 +247,11 @@ def _resumed(args: list[str]) -> tuple[list[str], Path | None, bool]:
         for path in of_runs:
             trust.check_config(path)
     return args, of_runs[-1].parent if of_runs else None, known.trust
+
+
+def _chosen() -> str | None:
+    """The checkpoint that the process which started this one goes on from."""
+    return os.environ.get(CHOSEN) if rank_zero_only.rank > 0 else None  # type: ignore[attr-defined]
 
 
 def _cli(args: list[str], run: Path | None) -> FitCLI:
