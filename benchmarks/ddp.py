@@ -39,6 +39,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.strategies import DDPStrategy
 
 from benchmarks.machine import described, machine
+from benchmarks.training import quiet_trainer
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.losses import QSM
 from qsm_lightning.module import OffPolicyModule
@@ -101,18 +102,11 @@ def measure(way: str, batch: int, options: argparse.Namespace) -> dict[str, floa
     clock = Clock(options.accelerator)
     data.evaluate = lambda: {"sample": {"return": torch.zeros(1), "length": torch.zeros(1)}}  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
-        Trainer(
+        quiet_trainer(
+            folder,
             accelerator=options.accelerator,
             devices=together,
             strategy=DDPStrategy() if strategy == "ddp" else strategy or "auto",
-            max_epochs=-1,
-            num_sanity_val_steps=0,
-            inference_mode=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
             callbacks=[clock],
         ).fit(module, data)
     return {

@@ -112,21 +112,15 @@ class RunCheckpoint(Checkpoint):
         folder = self._folder(trainer)
         replay = data.save_replay(folder / checkpoints.REPLAY)
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # all ranks give theirs
-        failed: OSError | None = None
-        if trainer.is_global_zero:
-            try:
-                self._publish(trainer, folder, state, eval_return, replay)
-            except OSError as error:
-                failed = error
         # The others wait here: they learn how it went, and write no file that is not listed while old ones are removed.
-        why = data.ranks.gather(str(failed or ""))[0]
-        if why:
-            raise failed or OSError(why)
+        data.ranks.attempt(lambda: self._publish(trainer, folder, state, eval_return, replay))
         self.saved_at_frames, self._retry_at = data.progress.frames, None
 
     def _publish(
         self, trainer: Trainer, folder: Path, state: dict[str, Any], eval_return: float | None, replay: Any
     ) -> None:
+        if not trainer.is_global_zero:
+            return
         with checkpoints.staging(folder) as stage:
             trainer.strategy.save_checkpoint(state, stage / checkpoints.STATE)
             self._flush_curves(trainer)  # no curve ends before a checkpoint of its run

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from benchmarks.training import quiet_trainer
 from pytorch_lightning import Callback, Trainer
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
@@ -127,18 +128,11 @@ def train(
     module = OffPolicyModule(3, 1, partial(loss, **SMALL), ema=0.9).to(dtype)
     module.set_gradient_clipping(10.0 if issubclass(loss, Shared) else 0.5)
     record = Record()
-    trainer = Trainer(
+    trainer = quiet_trainer(
+        folder,
         accelerator="cpu",
         devices=count,
         strategy=strategy if count > 1 else "auto",
-        max_epochs=-1,
-        num_sanity_val_steps=0,
-        inference_mode=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
         callbacks=[record],
     )
     if isinstance(module.loss, Shared):

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.training import quiet_trainer
 from gymnasium.envs.classic_control.pendulum import PendulumEnv
-from pytorch_lightning import Trainer
 from tensordict import TensorDictBase
 
 from qsm_lightning.datamodule import OffPolicyDataModule
@@ -98,14 +98,7 @@ def test_no_environment_of_evaluation_starts_as_one_of_training(
     monkeypatch.setattr(OffPolicyDataModule, "evaluate", marked)
     data = OffPolicyDataModule("Pendulum-v1", 3, None, 60, 40, 8, eval_every_frames=30, eval_episodes=4)
     module = OffPolicyModule(3, 1, partial(QSM, hidden=(8,), time_dim=4, T=2))
-    Trainer(
-        max_epochs=-1,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-    ).fit(module, data)
+    quiet_trainer(tmp_path).fit(module, data)
     training = {seed for evaluating, seed in seen if not evaluating}
     evaluation = {seed for evaluating, seed in seen if evaluating}
     assert len(training) == 3

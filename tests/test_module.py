@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from benchmarks.training import quiet_trainer
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
@@ -190,15 +191,7 @@ def trained_with_average(folder: Path, *callbacks: Callback) -> OffPolicyModule:
     torch.manual_seed(0)
     module = OffPolicyModule(3, 1, SMALL, critic_lr=1e-2, actor_lr=1e-2, ema=0.7)
     data = OffPolicyDataModule("Pendulum-v1", 1, 1, 30, 20, 8, eval_every_frames=30, eval_episodes=1)
-    Trainer(
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        num_sanity_val_steps=0,
-        callbacks=list(callbacks),
-        default_root_dir=folder,
-    ).fit(module, data)
+    quiet_trainer(folder, callbacks=list(callbacks)).fit(module, data)
     return module
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.training import quiet_trainer
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins import MixedPrecision
 from tensordict import TensorDict
@@ -21,6 +22,7 @@ from qsm_lightning.errors import SettingError, TrainingFault
 from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import QSM, QSMLoss
 from qsm_lightning.module import OffPolicyModule
+from qsm_lightning.networks import Critics, Denoiser
 from qsm_lightning.precision import check_precision
 from tests.compare import differences, state
 from tests.helpers import SHRINK
@@ -63,6 +65,21 @@ def test_losses_in_bfloat16_are_within_two_percent_of_float32(case: str) -> None
         assert low[key].dtype == torch.float32
         assert low[key].item() != full[key].item(), "the trained pass is not in bfloat16"
         assert low[key].item() == pytest.approx(full[key].item(), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_networks_give_values_that_the_low_precision_does_not_have(dtype: torch.dtype) -> None:
+    """1000.3 is 1000 in either: without it neighbouring actions of a large value would be worth the same."""
+    critics, denoiser = Critics(3, 1, (8, 8)), Denoiser(3, 1, (8, 8), 4)
+    with torch.no_grad():
+        for network in (*critics.critics, denoiser.trunk):
+            weight, bias = list(network.parameters())[-2:]
+            weight.zero_()
+            bias.fill_(1000.3)
+    observation, action, t = torch.randn(5, 3), torch.rand(5, 1), torch.zeros(5, dtype=torch.int64)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(critics(observation, action), torch.full((2, 5), 1000.3))
+        assert torch.equal(denoiser(observation, action, t), torch.full((5, 1), 1000.3))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -165,17 +182,12 @@ def scaled_run(
     torch.manual_seed(0)
     data = OffPolicyDataModule("Pendulum-v1", 1, 1, frames, 20, 8, eval_every_frames=10, eval_episodes=1)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=16)
-    trainer = Trainer(
-        max_epochs=-1,
-        logger=False,
+    trainer = quiet_trainer(
+        folder,
         accelerator="cpu",
         plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
         callbacks=[cb.StopOnNonFinite(), *callbacks],
         enable_checkpointing=any(isinstance(callback, cb.RunCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
     )
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer

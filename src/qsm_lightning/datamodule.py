@@ -245,7 +245,7 @@ class OffPolicyDataModule(LightningDataModule):
         self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if self.storage == "memmap":
             self._mapped = self._empty_folder()
-        self._make_buffer(math.ceil(self.buffer_size / self.ranks.count))
+        self._make_buffer(self.ranks.share(self.buffer_size))
 
     def check_ranks(self, count: int) -> None:
         """Raise :class:`SettingError` unless ``count`` processes can share the settings."""
@@ -299,7 +299,7 @@ class OffPolicyDataModule(LightningDataModule):
             self.env,
             self._loss.exploration_policy(),
             self.frames_per_batch,
-            math.ceil(self.init_random_frames / self.ranks.count),
+            self.ranks.share(self.init_random_frames),
         )
         self.collector._frames = self.progress.frames // self.ranks.count
         self._chunks, self._env_new = iter(self.collector), False
@@ -315,7 +315,7 @@ class OffPolicyDataModule(LightningDataModule):
             [(self._seed(Purpose.TRAIN_ENV, w), self._seed(Purpose.NOISE, w)) for w in range(self.collector_workers)],
             self._loss.exploration_policy(),
             frames_per_batch=self.frames_per_batch,
-            init_random_frames=max(0, math.ceil((self.init_random_frames - self.progress.frames) / self.ranks.count)),
+            init_random_frames=max(0, self.ranks.share(self.init_random_frames - self.progress.frames)),
             max_staleness=updates_per_chunk if staleness is None else staleness,
             updates_per_chunk=updates_per_chunk,
             updates=lambda: self.progress.updates,
@@ -515,17 +515,12 @@ class OffPolicyDataModule(LightningDataModule):
             return {}
         if self._archive is None or self._archive.folder != folder:
             self._archive = ReplayArchive(folder, self.ranks.rank)
-        chunks: list[Chunk] = []
-        failed: OSError | None = None
-        try:
-            chunks = self._archive.save(self.buffer) if len(self.buffer) else []
-        except OSError as error:
-            failed = error
-        parts = self.ranks.gather((str(failed or ""), {chunk.file: chunk.record for chunk in chunks}))
-        for rank, (why, _) in enumerate(parts):
-            if why:
-                raise failed or OSError(f"rank {rank}: {why}")
-        return {name: entry for _, part in parts for name, entry in part.items()}
+        archive = self._archive
+
+        def save() -> dict[str, durable.Record]:
+            return {chunk.file: chunk.record for chunk in (archive.save(self.buffer) if len(self.buffer) else [])}
+
+        return {name: record for part in self.ranks.attempt(save) for name, record in part.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a process needs to go on: the ranks' counters, generators, environments; buffers by file name."""
@@ -608,7 +603,7 @@ class OffPolicyDataModule(LightningDataModule):
     def _load_part(self, saved: list[dict[str, Any]]) -> None:
         """Take this rank's part of the frames that another number of ranks saved."""
         frames, capacity = sharding.part_of_frames(saved, self._saved_frames, self.ranks, self.buffer_size)
-        self._make_buffer(max(capacity, math.ceil(self.buffer_size / self.ranks.count)))
+        self._make_buffer(max(capacity, self.ranks.share(self.buffer_size)))
         for piece in frames:
             self.buffer.extend(piece)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from pytorch_lightning import LightningModule
@@ -64,11 +66,13 @@ class Ranks:
     Args:
         rank: number of this process, from 0.
         count: number of processes.
+        timeout: seconds after which a rank that does not answer is an error; torch's own limit by default.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1) -> None:
+    def __init__(self, rank: int = 0, count: int = 1, timeout: float | None = None) -> None:
         self.rank, self.count = rank, count
-        self._group = torch.distributed.new_group(backend="gloo") if count > 1 else None
+        limit = None if timeout is None else timedelta(seconds=timeout)
+        self._group = torch.distributed.new_group(backend="gloo", timeout=limit) if count > 1 else None
 
     def gather(self, mine: T) -> list[T]:
         """Every rank's value (tensors and plain data), by rank."""
@@ -78,6 +82,20 @@ class Ranks:
         torch.distributed.all_gather_object(packed, durable.packed(mine), group=self._group)
         return [durable.unpacked(content) for content in packed]
 
+    def attempt(self, act: Callable[[], T]) -> list[T]:
+        """What ``act`` returned on every rank, by rank; where it raises :class:`OSError` on one, it does on all."""
+        done: Any = None
+        failed: OSError | None = None
+        try:
+            done = act()
+        except OSError as error:
+            failed = error
+        results = self.gather((failed is not None, str(failed), done))
+        for rank, (bad, why, _) in enumerate(results):
+            if bad:
+                raise failed or OSError(f"rank {rank}: {why}")
+        return [result for _, _, result in results]
+
     def highest(self, *numbers: int) -> tuple[int, ...]:
         """The greatest of each of the numbers over the ranks."""
         if self.count == 1:
@@ -85,6 +103,10 @@ class Ranks:
         greatest = torch.tensor(numbers, dtype=torch.int64)
         torch.distributed.all_reduce(greatest, torch.distributed.ReduceOp.MAX, group=self._group)
         return tuple(greatest.tolist())
+
+    def share(self, total: int) -> int:
+        """How many of ``total`` things each rank has, rounded up."""
+        return -(-total // self.count)
 
     def part(self, total: int) -> range:
         """This rank's part of ``total`` things: each rank's follows the one's before, and sizes differ by one."""

@@ -26,6 +26,8 @@ def mish(x: Tensor) -> Tensor:
 class MLP(nn.Module):
     """Linear layers with ``activation`` between them and none after the last; Xavier-uniform weights, zero biases.
 
+    The last layer is always in full precision: bfloat16 would round a value of 300 to a multiple of 2.
+
     Args:
         sizes: input width, hidden widths, output width.
         activation: applied between layers.
@@ -43,7 +45,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))
-        return self.layers[-1](x)
+        return self._output(x)
+
+    @full_precision
+    def _output(self, x: Tensor) -> Tensor:
+        weight, bias = self.layers[-1].parameters()
+        return F.linear(x.to(weight.dtype), weight, bias)
 
 
 class FourierFeatures(nn.Module):

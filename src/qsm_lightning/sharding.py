@@ -79,4 +79,4 @@ def part_of_frames(
             if first < len(frames):
                 yield frames[first :: ranks.count]
 
-    return pieces(), -(-total // ranks.count)
+    return pieces(), ranks.share(total)

@@ -11,12 +11,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
-import torch
 
 from qsm_lightning.distributed import Ranks
 
@@ -61,7 +59,7 @@ class Watch:
     ) -> None:
         self.ranks, self.timeout, self.children, self.closing_words = ranks, timeout, children, closing_words
         self._processes = ranks.gather((socket.gethostname(), os.getpid()))
-        self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=SILENT))
+        self._signs = Ranks(ranks.rank, ranks.count, timeout=SILENT)
         self._state = "runs"
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
@@ -97,7 +95,7 @@ class Watch:
             time.sleep(PERIOD)
             mine = Sign(_beats, self._state, _place(self._main))
             try:
-                signs = self._exchange(mine)
+                signs = [Sign(**sign) for sign in self._signs.gather(asdict(mine))]
             except Exception:  # a connection is broken, or nothing came
                 lost = {rank: why for rank in range(self.ranks.count) if (why := self._gone(rank))}
                 self._stop([f"rank {r} {why}" for r, why in lost.items()] or ["a rank does not answer"], list(lost))
@@ -116,11 +114,6 @@ class Watch:
                 where = [f"rank {rank} hangs in {signs[rank].place}" for rank in hang]
                 self._stop([f"no rank got on for {self.timeout:g} s", *where], hang)
                 return
-
-    def _exchange(self, mine: Sign) -> list[Sign]:
-        signs: list[Any] = [None] * self.ranks.count
-        torch.distributed.all_gather_object(signs, mine, group=self._group)
-        return signs
 
     def _gone(self, rank: int) -> str:
         """Why a rank on this machine cannot answer, if it cannot."""
