@@ -40,6 +40,8 @@ def full_precision(method: Method) -> Method:
 
     @wraps(method)
     def full(self: Any, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return method(self, first, *args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return method(self, first, *args, **kwargs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qsm_lightning.networks import Denoiser
+from qsm_lightning.networks import Denoiser, eps_given
 from qsm_lightning.schedule import NoiseSchedule
 
 
@@ -34,11 +34,12 @@ def reverse_process(
     """
     a = x_T
     trajectory = []
+    eps = eps_given(denoiser, observation, schedule.T)
     for t in reversed(range(schedule.T)):  # T-1, ..., 0
-        eps = denoiser(observation, a, torch.tensor([t], device=a.device))
-        a = (a - schedule.eps_coefs[t] * eps) * schedule.inv_sqrt_alphas[t]  # posterior mean
+        eps_coef, inv_sqrt_alpha, sigma = schedule.reverse[t]
+        a = (a - eps_coef * eps(a, t)) * inv_sqrt_alpha  # posterior mean
         if t > 0:
-            a = a + schedule.sigmas[t] * temperature * z[t]
+            a = a + sigma * temperature * z[t]
         if clip:
             a = a.clamp(-1, 1)
         trajectory.append(a)

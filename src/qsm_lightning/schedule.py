@@ -79,6 +79,9 @@ class NoiseSchedule(nn.Module):
             "eps_coefs": betas / (1 - alpha_hats).sqrt(),
             "sigmas": betas.sqrt(),
         }
+        # the reverse process step by step, as numbers: (eps_coef, inv_sqrt_alpha, sigma) of t = 0 .. T-1
+        of_steps = (coefficients[key].tolist() for key in ("eps_coefs", "inv_sqrt_alphas", "sigmas"))
+        self.reverse: list[tuple[float, float, float]] = list(zip(*of_steps, strict=True))
         for key, value in coefficients.items():
             self.register_buffer(key, value.to(torch.get_default_dtype()), persistent=False)
 

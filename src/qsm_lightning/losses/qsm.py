@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qsm_lightning.errors import require, require_positive
 from qsm_lightning.losses.base import Metrics, OffPolicyLoss, polyak_update
-from qsm_lightning.networks import Critics, Denoiser
+from qsm_lightning.networks import Critics, Denoiser, eps_given
 from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy, add_action_noise
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
@@ -46,7 +46,7 @@ class QSMLoss(OffPolicyLoss):
 
     Examples:
         >>> from qsm_lightning.losses import QSMLoss
-        >>> from qsm_lightning.networks import Critics, Denoiser
+        >>> from qsm_lightning.networks import Critics, Denoiser, eps_given
         >>> from qsm_lightning.schedule import NoiseSchedule
         >>> loss = QSMLoss(Denoiser(3, 1), Critics(3, 1), NoiseSchedule("vp", 5))
         >>> loss.in_keys
@@ -137,14 +137,16 @@ class QSMLoss(OffPolicyLoss):
 
     # The denoiser's term: matching the score to the critic's action gradient.
 
-    @torch.enable_grad()
+    @torch.no_grad()
     @full_precision
     def q_gradient(self, observation: Tensor, action: Tensor) -> Tensor:
         """g = grad_a Q(s, a) [B, A], of the mean or the smaller of the online critics; detached."""
-        action = action.detach().requires_grad_()
-        q = self.critics(observation, action)  # [2, B]
-        q = q.mean(0) if self.q_grad == "mean" else q.min(0).values
-        return torch.autograd.grad(q.sum(), action)[0]
+
+        def value(action: Tensor) -> Tensor:
+            q = self.critics(observation, action)  # [2, B]
+            return (q.mean(0) if self.q_grad == "mean" else q.min(0).values).sum()
+
+        return torch.func.grad(value)(action)
 
     def score_matching(
         self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor
@@ -152,7 +154,7 @@ class QSMLoss(OffPolicyLoss):
         """mean (eps_theta(s, a_t, t) + M_q g)^2 for given ``t`` [B] and ``noise`` [B, A] -> loss, eps, g."""
         noisy = self.schedule.add_noise(action, t, noise)
         g = self.q_gradient(observation, noisy if self.score_at == "noisy" else action)
-        eps = self.denoiser(observation, noisy, t).to(g)
+        eps = eps_given(self.denoiser, observation, self.schedule.T)(noisy, t).to(g)
         return (eps + self.m_q * g).square().mean(), eps, g
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
