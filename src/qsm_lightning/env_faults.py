@@ -40,13 +40,16 @@ class Guarded:
             out = call(*args, **kwargs)
             self._check(out)
         except (Exception, SystemExit) as error:
-            said = str(error) if isinstance(error, EnvironmentFault) else f"{type(error).__name__}: {error}"
-            fault = EnvironmentFault(f"the environment {self.source} failed ({' '.join(said.split())})")
+            fault = self._fault(error)
             if self.report is None:
                 raise fault from error
             self.report.write_text(str(fault))
             raise SystemExit(1) from error
         return out
+
+    def _fault(self, error: BaseException) -> EnvironmentFault:
+        said = str(error) if isinstance(error, EnvironmentFault) else f"{type(error).__name__}: {error}"
+        return EnvironmentFault(f"the environment {self.source} failed ({' '.join(said.split())})")
 
     def _check(self, out: TensorDictBase) -> None:
         for key, spec in self.full_observation_spec.items(True, True):  # type: ignore[attr-defined]

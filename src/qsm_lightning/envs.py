@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +37,8 @@ from torchrl.envs import (
 )
 
 from qsm_lightning.env_faults import Guarded, ProcessEnv
-from qsm_lightning.errors import SettingError, require
+from qsm_lightning.errors import EnvironmentFault, SettingError, require
+from qsm_lightning.watch import beat
 
 # Observation keys that envpool adds to a dm_control task for the sake of its domain's other tasks.
 ENVPOOL_EXTRA_KEYS = {
@@ -137,6 +139,51 @@ def make_gym(name: str, **kwargs: Any) -> gym.Env:
 
 class GuardedGymWrapper(Guarded, GymWrapper):
     """A gymnasium environment whose faults carry its name."""
+
+    def step_array(self, action: np.ndarray, observation: np.ndarray) -> tuple[float, bool, bool]:
+        """A step without TensorDicts, with the same faults.
+
+        Args:
+            action: [A].
+            observation: where the next one goes, [O].
+
+        Returns:
+            Reward, and whether the episode terminated or was truncated.
+        """
+        beat()
+        try:
+            found, reward, terminated, truncated, _ = self._env.step(action)
+            self._take(found, observation)
+            if not math.isfinite(reward):
+                raise EnvironmentFault("reward is NaN or infinite")
+        except (Exception, SystemExit) as error:
+            raise self._fault(error) from error
+        return reward, terminated, truncated
+
+    def reset_array(self, observation: np.ndarray) -> None:
+        """Begin an episode; its first observation goes into ``observation`` [O]."""
+        beat()
+        try:
+            self._take(self._env.reset()[0], observation)
+        except (Exception, SystemExit) as error:
+            raise self._fault(error) from error
+
+    @staticmethod
+    def _take(found: np.ndarray, observation: np.ndarray) -> None:
+        if found.shape != observation.shape:
+            raise EnvironmentFault(
+                f"observation has the shape {list(found.shape)} instead of {list(observation.shape)}"
+            )
+        if not np.isfinite(found).all():
+            raise EnvironmentFault("observation is NaN or infinite")
+        observation[...] = found
+
+
+def gym_copies(env: EnvBase) -> list[GuardedGymWrapper] | None:
+    """The copies in an environment of :func:`make_env` that are gymnasium's and in this process; None for others."""
+    base = env.base_env
+    copies = list(base._envs) if isinstance(base, SerialEnv) else [base]
+    return copies if all(type(copy) is GuardedGymWrapper for copy in copies) else None
 
 
 def _gym_env(name: str) -> EnvBase:

@@ -39,10 +39,16 @@ class Policy(TensorDictModuleBase):
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         observation = tensordict["observation"]
-        action = self.act(observation.reshape(-1, observation.shape[-1]).to(next(self.parameters())))
+        action = self.checked_action(observation.reshape(-1, observation.shape[-1]))
+        return tensordict.set("action", action.view(*observation.shape[:-1], -1))
+
+    @torch.no_grad()
+    def checked_action(self, observation: Tensor) -> Tensor:
+        """Observation [N, O] -> action [N, A], where and in what precision the observation is."""
+        action = self.act(observation.to(next(self.parameters())))
         if not action.isfinite().all():  # before an environment meets it
             raise TrainingFault("training diverged: the policy's action is NaN or infinite")
-        return tensordict.set("action", action.view(*observation.shape[:-1], -1).to(observation))
+        return action.to(observation)
 
 
 class ExplorationPolicy(Policy):

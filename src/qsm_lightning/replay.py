@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from tensordict import TensorDict
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 from qsm_lightning import durable
 from qsm_lightning.errors import SettingError, require
@@ -33,7 +33,7 @@ def frame_bytes(observation_dim: int, action_dim: int) -> int:
     return 4 * (2 * observation_dim + action_dim + 1) + 2
 
 
-def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> TensorDictReplayBuffer:
+def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> ReplayBuffer:
     """A ring of ``size`` frames sampled uniformly, by a generator of its own.
 
     Args:
@@ -42,7 +42,7 @@ def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> T
         seed: seed of the sampler.
     """
     frames = LazyTensorStorage(size) if folder is None else LazyMemmapStorage(size, scratch_dir=folder)
-    buffer = TensorDictReplayBuffer(storage=frames)
+    buffer = ReplayBuffer(storage=frames)
     buffer.set_rng(torch.Generator().manual_seed(seed))
     return buffer
 
@@ -74,7 +74,7 @@ class ReplayArchive:
         self.rank = rank
         self.chunks = chunks or []
 
-    def save(self, buffer: TensorDictReplayBuffer) -> list[Chunk]:
+    def save(self, buffer: ReplayBuffer) -> list[Chunk]:
         """Write what is new in ``buffer``; returns the files that hold its content, oldest first.
 
         Raises:
@@ -92,7 +92,7 @@ class ReplayArchive:
         self.chunks = chunks
         return chunks
 
-    def _write(self, buffer: TensorDictReplayBuffer, first: int, total: int) -> Chunk:
+    def _write(self, buffer: ReplayBuffer, first: int, total: int) -> Chunk:
         """The next file: frame ``first`` and as many of those before ``total`` as it may hold."""
         size = sum(value[0].nbytes for value in buffer[:1].select(*FRAME_KEYS).values(True, True))
         beat()
@@ -104,7 +104,7 @@ class ReplayArchive:
         durable.write_file(self.folder / name, content)
         return Chunk(first, stop, name, record)
 
-    def load(self, buffer: TensorDictReplayBuffer, total: int) -> None:
+    def load(self, buffer: ReplayBuffer, total: int) -> None:
         """Refill an empty ``buffer`` of the same capacity: every frame where it was, and the next to write as well.
 
         Args:
