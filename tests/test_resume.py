@@ -34,6 +34,7 @@ EXACT = {
     "a ring that wraps": (["--data.buffer_size=33"], [15, 45, 75]),
     "float64": (["--trainer.precision=64-true"], [15, 45]),
     "bfloat16": (["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.5"], [45]),
+    "compiled": (["--model.compile=true", "--trainer.gradient_clip_val=0.5"], [45]),
     "averaged and clipped": (["--model.ema=0.9", "--trainer.gradient_clip_val=0.5"], [45, 60]),
     "an environment's own state": (["--data.env=tests.fake_envs:Wanderer-v0", "--data.frames_per_batch=3"], [18, 48]),
 }

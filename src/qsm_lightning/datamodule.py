@@ -8,7 +8,6 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -21,7 +20,8 @@ from torchrl.envs import EnvBase
 
 from qsm_lightning import durable, launching, runs, sharding
 from qsm_lightning.checkpoints import Checkpoint
-from qsm_lightning.collect import Progress, RecentExperience, make_collector
+from qsm_lightning.collect import Progress, RecentExperience, as_written, make_collector
+from qsm_lightning.compiled import compile_acting
 from qsm_lightning.distributed import Ranks
 from qsm_lightning.env_state import NoStateError, env_states, load_env_states
 from qsm_lightning.envs import make_env
@@ -29,6 +29,7 @@ from qsm_lightning.errors import EnvironmentFault, Interrupted, TrainingFault, r
 from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.plain import generators_state, load_generators_state
+from qsm_lightning.policy import Policy
 from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, Storage, make_replay_buffer
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
 from qsm_lightning.stopping import Stopping
@@ -295,9 +296,12 @@ class OffPolicyDataModule(LightningDataModule):
         if self._env_new:
             self.env = self._build(self.num_envs)
         self.env.set_seed(self._seed(Purpose.TRAIN_ENV))
+        policy = self._loss.exploration_policy()
+        if isinstance(policy, Policy) and self._module.compiles(self.trainer, self):
+            compile_acting(policy)
         self.collector = make_collector(
             self.env,
-            self._loss.exploration_policy(),
+            policy,
             self.frames_per_batch,
             self.ranks.share(self.init_random_frames),
         )
@@ -307,7 +311,7 @@ class OffPolicyDataModule(LightningDataModule):
     def _start_workers(self) -> None:
         """Collect by workers; the environment made here only told its dimensions."""
         _close(self.env)
-        updates_per_chunk = math.ceil(Fraction(str(self.utd)) * self.frames_per_batch * self.ranks.count)
+        updates_per_chunk = math.ceil(as_written(self.utd) * self.frames_per_batch * self.ranks.count)
         staleness = self.collector_max_staleness
         self._workers = Workers(
             cast(Any, self.collector_kind),
@@ -350,8 +354,12 @@ class OffPolicyDataModule(LightningDataModule):
 
     @property
     def _loss(self) -> OffPolicyLoss:
+        return cast(OffPolicyLoss, self._module.loss)
+
+    @property
+    def _module(self) -> Any:
         assert self.trainer is not None
-        return cast(OffPolicyLoss, self.trainer.lightning_module.loss)
+        return self.trainer.lightning_module
 
     @property
     def batches(self) -> int:
@@ -402,7 +410,7 @@ class OffPolicyDataModule(LightningDataModule):
         self.progress.updates += updates
         if updates == 0:
             return TensorDict(batch_size=[0, mine])
-        return self.buffer.sample(updates * mine).select(*FRAME_KEYS).reshape(updates, mine)
+        return self.buffer.sample(updates * mine).reshape(updates, mine)
 
     @property
     def _rank_batch(self) -> int:
@@ -436,7 +444,7 @@ class OffPolicyDataModule(LightningDataModule):
 
         def selectors() -> dict[str, dict[str, torch.Tensor]]:
             assert self.trainer is not None
-            with self.trainer.lightning_module.averaged_weights():  # type: ignore[operator]
+            with self._module.averaged_weights():
                 return {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
 
         evaluated = self.stopping.together(selectors)
@@ -445,16 +453,16 @@ class OffPolicyDataModule(LightningDataModule):
         self.progress.evaluated = self.progress.frames
         return {s: {k: torch.cat([part[s][k] for part in parts]) for k in parts[0][s]} for s in self.eval_selectors}
 
-    def check_stop(self, rest: TensorDictBase | None = None) -> None:
+    def check_stop(self, rest: Callable[[], TensorDictBase] | None = None) -> None:
         """Where training may be left at once and gone on with later, raise :class:`Interrupted` if all ranks stop.
 
         Args:
-            rest: updates of the batch under way that are still to do, [u, this rank's part of batch_size].
+            rest: gives the updates of the batch under way that are still to do, [u, this rank's part of batch_size].
         """
         try:
             self.stopping.check()
         except Interrupted:
-            self._owed = rest if rest is not None else self._owed
+            self._owed = rest() if rest is not None else self._owed
             raise
 
     def take_recent(self) -> RecentExperience:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pytorch_lightning import LightningModule, Trainer
@@ -20,7 +20,8 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from qsm_lightning import trust
-from qsm_lightning.datamodule import datamodule_of
+from qsm_lightning.compiled import WORTHWHILE_UPDATES, CompiledUpdate, first_line, why_not
+from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.distributed import backward
 from qsm_lightning.errors import SettingError, TrainingFault, require, require_positive
 from qsm_lightning.losses import QSM, OffPolicyLoss
@@ -47,6 +48,8 @@ class OffPolicyModule(LightningModule):
         actor_lr_decay_updates: updates over which the denoiser's rate falls to 0 along a cosine; 0 keeps it constant.
         ema: decay per update, in (0, 1), of an exponential moving average of the denoiser's weights, which is then what
             is evaluated; none by default.
+        compile: make each update, and acting, one compiled function (true), or not (false); auto does in runs of at
+            least 20,000 updates by one process on a CPU, where there is a C++ compiler.
 
     Raises:
         SettingError: for a value out of range.
@@ -63,6 +66,7 @@ class OffPolicyModule(LightningModule):
         actor_lr: float = 3e-4,
         actor_lr_decay_updates: int = 2_000_000,
         ema: float | None = None,
+        compile: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
         require_positive(model__critic_lr=critic_lr, model__actor_lr=actor_lr)
@@ -71,6 +75,7 @@ class OffPolicyModule(LightningModule):
             f"model.actor_lr_decay_updates is {actor_lr_decay_updates}: it must not be negative",
         )
         require(ema is None or 0 < ema < 1, f"model.ema is {ema}: it must be between 0 and 1, such as 0.999, or null")
+        require(compile in (True, False, "auto"), f"model.compile is {compile!r}: choose auto, true or false")
         self.automatic_optimization = False
         self.save_hyperparameters()
         self.hparams.pop("_instantiator", None)
@@ -86,6 +91,7 @@ class OffPolicyModule(LightningModule):
         self.skipped_steps = 0
         self._skipped_in_a_row: Counter[str] = Counter()
         self._loss_scale = 1.0
+        self._compiled: CompiledUpdate | None = None
         self.set_gradient_clipping(None)
 
     def set_gradient_clipping(self, value: float | None, algorithm: Literal["norm", "value"] | None = None) -> None:
@@ -115,25 +121,45 @@ class OffPolicyModule(LightningModule):
         optimizers, schedulers = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         data = datamodule_of(self.trainer)
         for i, minibatch in enumerate(batch.unbind(0)):
-            data.check_stop(rest=batch[i:])
-            skipped = False
-            for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
-                loss, metrics = self.loss.term_loss(term, minibatch)
-                optimizer.zero_grad()
-                backward(self, loss, optimizer)
-                optimizer.step()
-                if self._overflowed(term):
-                    skipped = True
-                    continue
-                self.metrics |= {
-                    f"loss/{term}": loss.detach(),
-                    **{f"update/{k}": v for k, v in metrics.items()},
-                }
-            if not skipped:
-                self.loss.update_targets()
-                self._update_averages()
+            data.check_stop(rest=partial(batch.__getitem__, slice(i, None)))
+            if self._compiled is None or not self._update_compiled(minibatch, optimizers):
+                self._update(minibatch, optimizers)
             for scheduler in schedulers:
                 scheduler.step()
+
+    def _update(self, minibatch: TensorDictBase, optimizers: list[Any]) -> None:
+        skipped = False
+        for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
+            loss, metrics = self.loss.term_loss(term, minibatch)
+            optimizer.zero_grad()
+            backward(self, loss, optimizer)
+            optimizer.step()
+            if self._overflowed(term):
+                skipped = True
+                continue
+            self.metrics |= {f"loss/{term}": loss.detach(), **{f"update/{k}": v for k, v in metrics.items()}}
+        if not skipped:
+            self._follow()
+
+    def _update_compiled(self, minibatch: TensorDictBase, optimizers: list[Any]) -> bool:
+        """The same as one function, if that can be made."""
+        assert self._compiled is not None
+        try:
+            self.metrics |= self._compiled(minibatch)
+        except torch._dynamo.exc.TorchDynamoException as error:  # at the first call, before anything is computed
+            why = f"{type(self.loss).__name__} cannot be compiled ({first_line(error)})"
+            require(self.hparams["compile"] == "auto", f"model.compile is true, but {why}; use auto or false")
+            log.warning("%s: its updates are slower", why)
+            self._compiled = None
+            return False
+        for optimizer in optimizers:
+            optimizer._on_after_step()  # Lightning counts them
+        return True
+
+    def _follow(self) -> None:
+        """What moves after the optimizers have stepped."""
+        self.loss.update_targets()
+        self._update_averages()
 
     @full_precision
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -204,6 +230,46 @@ class OffPolicyModule(LightningModule):
         self.metrics = {name: value.to(self.device) for name, value in self.metrics.items()}
         if self.trainer.scaler is not None:
             self._loss_scale = self.trainer.scaler.get_scale()
+        if self.compiles(self.trainer, datamodule_of(self.trainer)):
+            optimizers = [cast(Adam, optimizer) for optimizer in self.trainer.optimizers]
+            clip = self._clip if self.gradient_clip_val is not None else None
+            self._compiled = CompiledUpdate(
+                self.loss, dict(zip(self.loss.terms, optimizers, strict=True)), self._follow, clip
+            )
+
+    def compiles(self, trainer: Trainer, data: OffPolicyDataModule) -> bool:
+        """Whether updates are compiled.
+
+        Raises:
+            SettingError: when they cannot be and ``compile`` is true.
+        """
+        wanted = self.hparams["compile"]
+        updates = data.utd * (data.total_frames - data.init_random_frames)
+        on_cpu = trainer.strategy.root_device.type == "cpu"
+        if wanted is False or (wanted == "auto" and (updates < WORTHWHILE_UPDATES or not on_cpu)):
+            return False
+        reason = (
+            f"{trainer.world_size} processes average their gradients in the middle of it"
+            if trainer.world_size > 1
+            else "16-mixed looks at its gradients in the middle of it"
+            if trainer.scaler is not None
+            else why_not()
+        )
+        require(
+            not reason or wanted == "auto",
+            f"model.compile is true, but an update cannot be compiled: {reason}; use auto or false",
+        )
+        return not reason
+
+    def _clip(self, gradients: list[Tensor]) -> None:
+        """As Lightning's ``clip_gradients``, for gradients that are not at their parameters."""
+        limit = cast(float, self.gradient_clip_val)
+        if self.gradient_clip_algorithm == "value":
+            torch._foreach_clamp_min_(gradients, -limit)
+            torch._foreach_clamp_max_(gradients, limit)
+        else:
+            norm = nn.utils.get_total_norm(gradients)
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["run"] = self.run_identity(self.trainer)

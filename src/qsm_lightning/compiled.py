@@ -1,0 +1,176 @@
+"""Whole gradient updates, and actions, as compiled functions: the arithmetic of the plain ones, which they replace.
+
+torch.compile fuses what is between the matrix products, and spares autograd, the optimizers and Python their
+bookkeeping. What it makes is kept on disk and used again by later runs of the same shapes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.optim import Adam
+
+from qsm_lightning.losses import OffPolicyLoss
+from qsm_lightning.policy import Policy
+
+log = logging.getLogger(__name__)
+
+WORTHWHILE_UPDATES = 20_000  # compiling costs as long as some 5,000 updates save
+
+
+def why_not() -> str:
+    """What this machine lacks to compile an update; empty when it lacks nothing."""
+    if not can_trace_gradients():
+        return f"torch {torch.__version__} cannot compile a whole update"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # InvalidCxxCompiler, which torch does not export
+        return f"there is no C++ compiler ({error})"
+    return ""
+
+
+def compiled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``function`` of one argument, whose tensors always have the same shapes, as one graph.
+
+    Networks, optimizers and whatever else it reads must stay what they are, but for the content of their tensors: of
+    torch's checks before each call those of the argument alone stay.
+    """
+
+    def call(batch: Any) -> Any:
+        return function(batch)
+
+    # torch remembers what it compiled by code object, and the checks that are left out would tell two functions apart
+    own = FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+    options: dict[str, str | int | bool | Callable[..., Any]] = {
+        "fallback_random": True,  # torch's generator, as everywhere else: the same noise, and exact resuming
+        "guard_filter_fn": lambda guards: [guard.name.startswith("batch") for guard in guards],
+    }
+    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+
+
+def compile_acting(policy: Policy) -> None:
+    """Have ``policy`` compute its actions by a compiled function, or as before where that cannot be made."""
+    plain = policy.act
+    fast = compiled(plain)
+
+    def act(observation: Tensor) -> Tensor:
+        try:
+            return fast(observation)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            log.warning("%s cannot be compiled (%s): it acts more slowly", type(policy).__name__, first_line(error))
+            policy.act = plain  # type: ignore[method-assign]
+            return plain(observation)
+
+    policy.act = act  # type: ignore[method-assign]
+
+
+def first_line(error: BaseException) -> str:
+    """What torch says before it goes into details."""
+    return str(error).splitlines()[0]
+
+
+def can_trace_gradients() -> bool:
+    """Whether this torch compiles a backward pass with what comes after it."""
+    return hasattr(torch._dynamo.config, "trace_autograd_ops")
+
+
+class CompiledAdam:
+    """The arithmetic of torch's Adam as part of a compiled function, on the state of an optimizer.
+
+    torch's own form for compiling takes powers of beta in float32, which is off by 3e-5 in the first steps, and has a
+    dozen operations on numbers for every parameter. Here what depends on the step is computed once, in Python.
+
+    Args:
+        optimizer: keeps the state; its ``state_dict`` has the number of steps right.
+    """
+
+    def __init__(self, optimizer: Adam) -> None:
+        self.group = optimizer.param_groups[0]
+        self.parameters: list[Tensor] = self.group["params"]
+        for p in self.parameters:
+            if not optimizer.state[p]:
+                optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p)}
+                optimizer.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        states = [optimizer.state[p] for p in self.parameters]
+        self.means, self.squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        self.steps = [state["step"] for state in states]
+        self.before, self.done = int(self.steps[0].item()), 0
+        self.rate, self.root = self.parameters[0].new_zeros(2).unbind()  # as numbers they would be compiled in
+        optimizer.register_state_dict_pre_hook(self._write_steps)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # learning rate schedules ask for a step before theirs
+
+    def prepare(self) -> None:
+        """Set what the next step depends on besides gradients."""
+        step, (beta1, beta2) = self.before + self.done + 1, self.group["betas"]
+        self.rate.fill_(self.group["lr"] / (1 - beta1**step))
+        self.root.fill_(math.sqrt(1 - beta2**step))
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """Compiled: p <- p - rate m / (sqrt(v) / root + eps), in place."""
+        beta1, beta2 = self.group["betas"]
+        for p, g, mean, square in zip(self.parameters, gradients, self.means, self.squares, strict=True):
+            mean.lerp_(g, 1 - beta1)
+            square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            p.sub_(self.rate * mean / (square.sqrt() / self.root + self.group["eps"]))
+
+    def _write_steps(self, _: Any) -> None:
+        if self.done:
+            for step in self.steps:
+                step.fill_(self.before + self.done)
+
+
+class CompiledUpdate:
+    """Steps every term's optimizer, in the loss's order, then what follows, by one call for a minibatch.
+
+    Optimizers keep their state where it is: checkpoints are those of the plain update, and either goes on with the
+    other's.
+
+    Args:
+        loss: the algorithm.
+        optimizers: the optimizer of each term.
+        follow: what is done after the last step: targets, averages.
+        clip: changes a term's gradients before its step.
+    """
+
+    def __init__(
+        self,
+        loss: OffPolicyLoss,
+        optimizers: Mapping[str, Adam],
+        follow: Callable[[], None],
+        clip: Callable[[list[Tensor]], None] | None = None,
+    ) -> None:
+        self.loss, self.follow, self.clip = loss, follow, clip
+        self.adams = {term: CompiledAdam(optimizer) for term, optimizer in optimizers.items()}
+        self._compiled = compiled(self._update)
+
+    def __call__(self, minibatch: TensorDictBase) -> dict[str, Tensor]:
+        """One update on a replay batch [B]; returns losses and metrics under the names they are logged by."""
+        for adam in self.adams.values():
+            adam.prepare()
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            out = self._compiled(minibatch)
+        for adam in self.adams.values():
+            adam.done += 1
+        return out
+
+    def _update(self, batch: TensorDictBase) -> dict[str, Tensor]:
+        out: dict[str, Tensor] = {}
+        for term, adam in self.adams.items():
+            loss, metrics = self.loss.term_loss(term, batch)
+            gradients = list(torch.autograd.grad(loss, adam.parameters))
+            with torch.no_grad():
+                if self.clip is not None:
+                    self.clip(gradients)
+                adam.step(gradients)
+            out |= {f"loss/{term}": loss.detach(), **{f"update/{name}": value for name, value in metrics.items()}}
+        self.follow()
+        return out

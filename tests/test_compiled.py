@@ -1,0 +1,171 @@
+"""Compiled updates and actions against the plain ones, and when there are any."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.training import quiet_trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from qsm_lightning import compiled
+from qsm_lightning.compiled import WORTHWHILE_UPDATES, compile_acting, why_not
+from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.errors import SettingError
+from qsm_lightning.losses import QSM
+from qsm_lightning.losses.base import Metrics
+from qsm_lightning.module import OffPolicyModule
+
+SMALL: dict[str, Any] = {"hidden": (16, 16), "time_dim": 8, "T": 3}
+needs_compiler = pytest.mark.skipif(bool(why_not()), reason=why_not() or "it can")
+
+
+class LastMetrics(Callback):
+    """What the last update was said to be."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.metrics = dict(pl_module.metrics)  # type: ignore[arg-type, call-overload]
+
+
+def run(
+    folder: Path,
+    compile: bool | str,
+    loss: type[QSM] = QSM,
+    updates: int = 40,
+    precision: Any = "32-true",
+    **settings: Any,
+) -> tuple[dict[str, Tensor], Trainer]:
+    """Train; returns every tensor that updates change, and the trainer."""
+    torch.manual_seed(0)
+    module = OffPolicyModule(3, 1, partial(loss, **SMALL), compile=compile, ema=0.9)  # type: ignore[arg-type]
+    module.set_gradient_clipping(**settings)
+    data = OffPolicyDataModule("Pendulum-v1", 1, 1, 20 + updates, 20, 8, eval_every_frames=60, eval_episodes=1)
+    last = LastMetrics()
+    trainer = quiet_trainer(folder, accelerator="cpu", precision=precision, callbacks=[last])
+    trainer.fit(module, data)
+    found: dict[str, Tensor] = {**module.state_dict(), **last.metrics}
+    for i, optimizer in enumerate(trainer.optimizers):
+        for j, state in optimizer.state_dict()["state"].items():
+            found |= {f"optimizer {i}, parameter {j}, {name}": value for name, value in state.items()}
+    return found, trainer
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"updates": 1, "value": None},
+        {"precision": "64-true", "value": 0.5},
+        {"precision": "64-true", "value": 0.02, "algorithm": "value"},
+    ],
+    ids=["one update in float32", "clipped by norm", "clipped by value"],
+)
+def test_compiled_training_equals_plain_training(settings: dict[str, Any], tmp_path: Path) -> None:
+    """To 1e-5: noise, targets, averages, clipping, both optimizers' states, and what is logged.
+
+    Forty updates in float64: in float32 Adam makes differences in the last bit of a gradient near zero into steps.
+    """
+    plain, plain_trainer = run(tmp_path, False, **settings)
+    fast, trainer = run(tmp_path, True, **settings)
+    assert trainer.lightning_module._compiled is not None
+    assert plain_trainer.lightning_module._compiled is None
+    assert trainer.global_step == plain_trainer.global_step == 2 * settings.get("updates", 40)
+    assert fast.keys() == plain.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(fast[name], value, rtol=1e-5, atol=1e-5 * value.abs().max().item(), msg=name)
+
+
+class Untraceable(QSM):
+    """Asks Python for a number in the middle of a loss."""
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
+        assert len(str(tensordict["action"].sum().item())) > 0
+        return super().actor_loss(tensordict)
+
+
+@needs_compiler
+def test_a_loss_that_cannot_be_compiled_trains_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bitwise, with a warning; where compiling was asked for, it is an error instead."""
+    monkeypatch.setattr("qsm_lightning.module.WORTHWHILE_UPDATES", 1)
+    plain, _ = run(tmp_path, False, Untraceable, value=None)
+    with caplog.at_level(logging.WARNING):
+        tried, trainer = run(tmp_path, "auto", Untraceable, value=None)
+    assert "Untraceable cannot be compiled" in caplog.text
+    assert trainer.lightning_module._compiled is None
+    assert plain.keys() == tried.keys()
+    networks = [name for name in plain if name.startswith("loss.")]
+    assert networks
+    for name in networks:  # acting is compiled: that is equal only nearly, and so are its frames
+        torch.testing.assert_close(tried[name], plain[name], rtol=1e-4, atol=1e-4)
+    with pytest.raises(SettingError, match="model.compile is true, but Untraceable cannot be compiled"):
+        run(tmp_path, True, Untraceable, value=None)
+
+
+@needs_compiler
+@pytest.mark.parametrize("n", [1, 5])
+def test_compiled_actions_are_the_plain_ones(n: int) -> None:
+    """With the same noise, also after the weights have changed in place."""
+    torch.manual_seed(0)
+    loss, observation = QSM(3, 2, **SMALL), torch.randn(n, 3)
+    plain, fast = loss.exploration_policy(), loss.exploration_policy()
+    compile_acting(fast)
+    for _ in range(3):
+        actions = []
+        for policy in (plain, fast):
+            torch.manual_seed(1)
+            actions.append(policy.checked_action(observation))
+        torch.testing.assert_close(*actions)
+        with torch.no_grad():
+            for p in loss.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+
+
+def settings(tmp_path: Path, compile: Any, **data: Any) -> tuple[OffPolicyModule, Trainer, OffPolicyDataModule]:
+    module = OffPolicyModule(3, 1, partial(QSM, **SMALL), compile=compile)
+    return module, quiet_trainer(tmp_path, accelerator="cpu"), OffPolicyDataModule("Pendulum-v1", **data)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("compile", "data", "expected"),
+    [
+        ("auto", {"total_frames": 10_000 + WORTHWHILE_UPDATES}, True),
+        ("auto", {"total_frames": 9_999 + WORTHWHILE_UPDATES}, False),
+        ("auto", {"total_frames": 10_000 + 4 * WORTHWHILE_UPDATES, "utd": 0.25}, True),
+        ("auto", {"total_frames": 10_000 + WORTHWHILE_UPDATES, "utd": 0.25}, False),
+        (True, {"total_frames": 10_100}, True),
+        (False, {}, False),
+    ],
+)
+def test_long_runs_are_compiled(compile: Any, data: dict[str, Any], expected: bool, tmp_path: Path) -> None:
+    module, trainer, datamodule = settings(tmp_path, compile, **data)
+    assert module.compiles(trainer, datamodule) is expected
+
+
+@pytest.mark.parametrize("compile", ["auto", True])
+def test_without_a_compiler_updates_are_plain(compile: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
+    module, trainer, data = settings(tmp_path, compile, total_frames=1_000_000)
+    if compile == "auto":
+        assert not module.compiles(trainer, data)
+        return
+    with pytest.raises(SettingError, match=r"there is no C\+\+ compiler \(no g\+\+\); use auto or false"):
+        module.compiles(trainer, data)
+
+
+def test_an_older_torch_updates_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "can_trace_gradients", lambda: False)
+    module, trainer, data = settings(tmp_path, True, total_frames=1_000_000)
+    with pytest.raises(SettingError, match="cannot compile a whole update"):
+        module.compiles(trainer, data)
