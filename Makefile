@@ -1,12 +1,12 @@
 # make fit [CONFIG=conf/hopper.yaml] [ARGS="--trainer.devices 2"]   train
-# make test | make test-slow | make check | make format             develop
+# make test | make test-slow | make check | make format | make bench  develop
 PYTHON ?= python3
 CONFIG ?= conf/pendulum.yaml
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help fit test test-slow check format clean
+.PHONY: help fit test test-slow check format bench clean
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/'
 
@@ -32,6 +32,12 @@ check: .venv/.installed-dev  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/.installed-dev  ## time of updates, actions and the whole loop on this machine; a quarter of an hour
+	$(PIP) --editable '.[bench]'
+	$(BIN)/python -m benchmarks.update --json docs/results/update.json
+	$(BIN)/python -m benchmarks.loop --json docs/results/loop.json
+	$(BIN)/python -m benchmarks.scaling --out docs/results/scaling
 
 format: .venv/.installed-dev  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .

@@ -29,9 +29,10 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.data import ReplayBuffer
 
 from benchmarks.machine import described, machine
+from benchmarks.report import save, spread
 from qsm_lightning import checkpoints, durable
 from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, frame_bytes, make_replay_buffer
 
@@ -63,7 +64,7 @@ def random_frames(count: int, observation_dim: int, action_dim: int) -> TensorDi
     )
 
 
-def add(buffer: TensorDictReplayBuffer, frames: TensorDict, count: int) -> None:
+def add(buffer: ReplayBuffer, frames: TensorDict, count: int) -> None:
     """Extend the buffer by ``count`` frames, reusing those given."""
     while count:
         batch = frames[: min(count, len(frames))]
@@ -93,7 +94,7 @@ def milliseconds(work: Callable[[], Any]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def write_checkpoint(buffer: TensorDictReplayBuffer, archive: ReplayArchive) -> None:
+def write_checkpoint(buffer: ReplayBuffer, archive: ReplayArchive) -> None:
     """All of it, as a run does; the newest two stay."""
     folder = archive.folder.parent
     chunks = archive.save(buffer)
@@ -103,7 +104,7 @@ def write_checkpoint(buffer: TensorDictReplayBuffer, archive: ReplayArchive) -> 
     checkpoints.thin_out(folder, 2)
 
 
-def measure_checkpoint(row: Row, buffer: TensorDictReplayBuffer, archive: ReplayArchive) -> None:
+def measure_checkpoint(row: Row, buffer: ReplayBuffer, archive: ReplayArchive) -> None:
     """Write one; the bytes are those of the files that were not there before."""
     before = set(archive.folder.parent.rglob("*"))
     row.checkpoint_ms.append(milliseconds(lambda: write_checkpoint(buffer, archive)))
@@ -111,7 +112,7 @@ def measure_checkpoint(row: Row, buffer: TensorDictReplayBuffer, archive: Replay
     row.checkpoint_bytes.append(sum(path.stat().st_size for path in new if path.is_file()))
 
 
-def measure_whole(row: Row, buffer: TensorDictReplayBuffer, path: Path) -> None:
+def measure_whole(row: Row, buffer: ReplayBuffer, path: Path) -> None:
     """Write ``fill`` frames to one file; copying them out of the storage beforehand is not counted."""
     frames = buffer[: row.fill].select(*FRAME_KEYS).clone()
     content = dict(frames.flatten_keys(".").items())
@@ -223,11 +224,6 @@ def file_system(folder: Path) -> str:
     return max(reversed(holding), key=lambda mount: len(mount[0]))[1]  # of equals the one mounted last
 
 
-def spread(values: list[float]) -> str:
-    """Median, smallest and largest."""
-    return f"{statistics.median(values):,.0f} ({min(values):,.0f} - {max(values):,.0f})"
-
-
 def table(rows: list[Row], new_bytes: int) -> str:
     """The measurements in markdown."""
     lines = [
@@ -238,8 +234,8 @@ def table(rows: list[Row], new_bytes: int) -> str:
     for row in rows:
         ratio = statistics.median(row.whole_ms) / statistics.median(row.checkpoint_ms)
         lines.append(
-            f"| {row.fill:,} | {new_bytes / MB:.1f} | {spread(row.checkpoint_ms)} "
-            f"| {statistics.median(row.checkpoint_bytes) / MB:.1f} | {spread(row.whole_ms)} "
+            f"| {row.fill:,} | {new_bytes / MB:.1f} | {spread(row.checkpoint_ms, 0)} "
+            f"| {statistics.median(row.checkpoint_bytes) / MB:.1f} | {spread(row.whole_ms, 0)} "
             f"| {statistics.median(row.whole_bytes) / MB:,.1f} | {ratio:,.1f} |"
         )
     return "\n".join(lines)
@@ -306,9 +302,7 @@ def main() -> None:
         rows = measure_times(options, Path(temporary))
     results["rows"] = [asdict(row) for row in rows]
     print(report(results, rows))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    save(options.json, results)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.strategies import DDPStrategy
 
 from benchmarks.machine import described, machine
+from benchmarks.report import markdown, save, spread
 from benchmarks.training import quiet_trainer
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.losses import QSM
@@ -132,22 +133,17 @@ def run(way: str, batch: int, options: argparse.Namespace) -> dict[str, float]:
     return {"ms": max(one["ms"] for one in found), "frames_per_s": sum(frames) if not strategy else min(frames)}
 
 
-def spread(values: list[float], digits: int) -> str:
-    """Median, smallest and largest."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})"
-
-
 def table(rows: list[dict[str, Any]], ways: list[str], what: str, digits: int) -> str:
     """``ms`` or ``frames_per_s`` of each way in markdown, and what they make of one process's, taken in turn."""
     several = [way for way in ways if way not in ("one", "part")]
     head = ["batch", *ways, *(f"{way} / one" for way in several)]
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    lines = []
     for row in rows:
         found = {way: [one[what] for one in row["ways"][way]] for way in ways}
         ratios = [statistics.median(a / b for a, b in zip(found[way], found["one"], strict=True)) for way in several]
         cells = [*(spread(found[way], digits) for way in ways), *(f"{ratio:.2f}" for ratio in ratios)]
-        lines.append(f"| {row['batch']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"{row['batch']:,}", *cells])
+    return markdown(head, lines)
 
 
 def communication(rows: list[dict[str, Any]]) -> str:
@@ -207,9 +203,7 @@ def main() -> None:
     lines = [described(results["machine"]), setting, "", "ms per update, median (least - most)", ""]
     lines += [table(rows, ways, "ms", 1), "", "frames per second", "", table(rows, ways, "frames_per_s", 0)]
     print("\n".join([*lines, *(["", communication(rows)] if "part" in ways else [])]))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    save(options.json, results)
 
 
 if __name__ == "__main__":

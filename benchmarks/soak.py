@@ -10,7 +10,6 @@ their last checkpoints hold and every value they logged is compared, and the mem
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -28,6 +27,7 @@ import psutil
 from tests.compare import curves, differences, rows, state
 
 from benchmarks.machine import described, machine
+from benchmarks.report import save
 from qsm_lightning import checkpoints
 
 SETTINGS = [
@@ -162,8 +162,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
     result = soak(folder, settings, options.seconds)
     print(report(result, settings))
-    if options.json:
-        options.json.write_text(json.dumps(result))
+    save(options.json, result)
     if options.folder is None:
         shutil.rmtree(folder)
 
