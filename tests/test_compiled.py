@@ -21,6 +21,9 @@ from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.module import OffPolicyModule
+from tests.compare import state
+from tests.helpers import SHRINK
+from tests.processes import fit
 
 SMALL: dict[str, Any] = {"hidden": (16, 16), "time_dim": 8, "T": 3}
 needs_compiler = pytest.mark.skipif(bool(why_not()), reason=why_not() or "it can")
@@ -51,8 +54,8 @@ def run(
     trainer.fit(module, data)
     found: dict[str, Tensor] = {**module.state_dict(), **last.metrics}
     for i, optimizer in enumerate(trainer.optimizers):
-        for j, state in optimizer.state_dict()["state"].items():
-            found |= {f"optimizer {i}, parameter {j}, {name}": value for name, value in state.items()}
+        for j, kept in optimizer.state_dict()["state"].items():
+            found |= {f"optimizer {i}, parameter {j}, {name}": value for name, value in kept.items()}
     return found, trainer
 
 
@@ -126,6 +129,21 @@ def test_compiled_actions_are_the_plain_ones(n: int) -> None:
         with torch.no_grad():
             for p in loss.parameters():
                 p.add_(0.1 * torch.randn_like(p))
+
+
+@needs_compiler
+def test_a_run_goes_on_compiled_or_not(tmp_path: Path) -> None:
+    """The checkpoints are the same; that it differs by rounding is said, and the steps of Adam go on being counted."""
+    tiny = ["--config=pendulum", *SHRINK, "--data.eval_selector=sample", "--data.eval_episodes=1"]
+    fit(tmp_path, *tiny)
+    run_folder = next(tmp_path.glob("runs/*/version_0"))
+    ends = [("true", 70, "plain and are compiled"), ("false", 80, "compiled and are plain"), ("false", 90, "")]
+    for compile, frames, said in ends:
+        out = fit(tmp_path, "--resume", run_folder, f"--model.compile={compile}", f"--data.total_frames={frames}")
+        assert ("from here on (model.compile)" in out) is bool(said)
+        assert said in out
+        optimizers = state(run_folder)["optimizer_states"]
+        assert [{float(s["step"]) for s in o["state"].values()} for o in optimizers] == [{frames - 40.0}] * 2
 
 
 def settings(tmp_path: Path, compile: Any, **data: Any) -> tuple[OffPolicyModule, Trainer, OffPolicyDataModule]:

@@ -92,6 +92,7 @@ class OffPolicyModule(LightningModule):
         self._skipped_in_a_row: Counter[str] = Counter()
         self._loss_scale = 1.0
         self._compiled: CompiledUpdate | None = None
+        self._was_compiled: bool | None = None  # where a run goes on
         self.set_gradient_clipping(None)
 
     def set_gradient_clipping(self, value: float | None, algorithm: Literal["norm", "value"] | None = None) -> None:
@@ -236,6 +237,12 @@ class OffPolicyModule(LightningModule):
             self._compiled = CompiledUpdate(
                 self.loss, dict(zip(self.loss.terms, optimizers, strict=True)), self._follow, clip
             )
+        if self._was_compiled not in (None, self._compiled is not None) and self.trainer.is_global_zero:
+            log.warning(
+                "updates were %s and are %s from here on (model.compile): what follows differs by rounding from a run "
+                "that was not stopped",
+                *("compiled", "plain") if self._was_compiled else ("plain", "compiled"),
+            )
 
     def compiles(self, trainer: Trainer, data: OffPolicyDataModule) -> bool:
         """Whether updates are compiled.
@@ -276,6 +283,7 @@ class OffPolicyModule(LightningModule):
         data = datamodule_of(self.trainer)
         checkpoint["metrics"] = data.ranks.gather(self.metrics)
         checkpoint["skipped_steps"] = self.skipped_steps
+        checkpoint["compiled"] = self._compiled is not None
         put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.batches)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -283,6 +291,7 @@ class OffPolicyModule(LightningModule):
         of_ranks = metrics if isinstance(metrics, list) else [metrics]  # one process's alone before there were several
         self.metrics = of_ranks[self.trainer.global_rank if len(of_ranks) == self.trainer.world_size else 0]
         self.skipped_steps = checkpoint.get("skipped_steps", 0)  # absent in checkpoints from before there was a scaler
+        self._was_compiled = checkpoint.get("compiled", False)
         floats = (value for value in checkpoint["state_dict"].values() if value.is_floating_point())
         self.to(next(floats).dtype)  # Lightning converts to float64 only after it has loaded
 

@@ -164,7 +164,7 @@ def identity(data: dict[str, Any], model: dict[str, Any], run: dict[str, Any]) -
     loss = model["loss"]
     yield "model.loss", loss["class_path"]
     yield from ((f"model.loss.{name}", _plain(value)) for name, value in loss["init_args"].items())
-    yield from ((f"model.{name}", _plain(value)) for name, value in model.items() if name != "loss")
+    yield from ((f"model.{name}", _plain(value)) for name, value in model.items() if name not in ("loss", "compile"))
     yield from run.items()
 
 
