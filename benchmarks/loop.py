@@ -77,6 +77,7 @@ class Clock:
         self.parts: defaultdict[str, float] = defaultdict(float)
         self._first: tuple[int, float] | None = None
         self.frames, self.seconds = 0, 0.0
+        self.at_end: dict[str, float] = {}
         self.first_update: float | None = None  # seconds from the start of the process
 
     def tick(self, frames: int) -> None:
@@ -208,6 +209,7 @@ def run_env(options: argparse.Namespace, clock: Clock) -> None:
             clock.tick((i + 1) * options.num_envs)
             if clock.frames:
                 return
+        return
     envs = RawEnvs(options.env, options.num_envs)
     actions = np.stack([env.action_space.sample() for env in envs.copies])
     for i in range(clock.end):

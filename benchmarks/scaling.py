@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.machine import described, machine
 from benchmarks.report import first_calls, in_turn, markdown, quartiles, save, told
-from benchmarks.update import Products, compiled_update, plain_update, replay_batch
+from benchmarks.update import ACTION, Products, compiled_update, plain_update, replay_batch
 from qsm_lightning.compiled import compile_acting
 from qsm_lightning.losses import QSM
 from qsm_lightning.replay import make_replay_buffer
@@ -34,7 +34,6 @@ AXES: dict[str, list[int]] = {
     "envs": [1, 4, 16, 64, 256],
 }
 DEFAULTS = {"T": 5, "width": 256, "batch": 256, "observation": 11}
-ACTION = 3
 
 
 def update(axis: str, value: int, rounds: int) -> dict[str, list[float]]:

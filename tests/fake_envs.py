@@ -135,6 +135,18 @@ class Faulty(Bandit):
         return observation, reward, *rest  # type: ignore[return-value]
 
 
+class Lists(Bandit):
+    """Gives its observations as lists, though its space says arrays."""
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        observation, info = super().reset(**kwargs)
+        return observation.tolist(), info
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, *rest = super().step(action)
+        return observation.tolist(), *rest  # type: ignore[return-value]
+
+
 class Overflow(Bandit):
     """A reward that a squared error cannot hold, from its 80th step on."""
 
@@ -177,7 +189,19 @@ class Matrix(Bandit):
     action_space = gym.spaces.Box(-1, 1, (2, 3), np.float32)
 
 
-for name in ("Bandit", "Start", "Clock", "Wanderer", "Own", "Secret", "Overflow", "Parts", "Unbounded", "Matrix"):
+for name in (
+    "Bandit",
+    "Start",
+    "Clock",
+    "Wanderer",
+    "Own",
+    "Secret",
+    "Lists",
+    "Overflow",
+    "Parts",
+    "Unbounded",
+    "Matrix",
+):
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{name}")
 for what in ("observation", "reward"):
     gym.register(f"Faulty{what.title()}-v0", entry_point=f"{__name__}:Faulty", kwargs={"what": what})

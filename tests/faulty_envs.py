@@ -113,7 +113,7 @@ class Faulty(gym.Env):
         self.age += 1
         self.steps += 1
         fault = self._fault("step")
-        reward = float("inf") if fault == "inf" else float(action[0])
+        reward = {"inf": float("inf"), "huge": 1e39}.get(fault or "", float(action[0]))
         end, odd = self.steps == LENGTH, self.episode % 2 == 1
         return self._observation(fault), reward, end and odd, end and not odd, {}
 

@@ -46,7 +46,12 @@ def collected(
 
 @pytest.mark.parametrize(
     ("name", "num_envs", "frames_per_batch", "chunks"),
-    [("Hopper-v5", 1, 1, 120), ("Hopper-v5", 3, 6, 40), ("tests.fake_envs:Wanderer-v0", 2, 2, 60)],
+    [
+        ("Hopper-v5", 1, 1, 120),
+        ("Hopper-v5", 3, 6, 40),
+        ("tests.fake_envs:Wanderer-v0", 2, 2, 60),
+        ("tests.fake_envs:Lists-v0", 1, 1, 60),
+    ],
 )
 def test_frames_and_state_are_bitwise_torchrls(
     name: str, num_envs: int, frames_per_batch: int, chunks: int, monkeypatch: pytest.MonkeyPatch

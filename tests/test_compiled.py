@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from qsm_lightning.losses import QSM
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.module import OffPolicyModule
 from tests.compare import state
-from tests.helpers import SHRINK
+from tests.helpers import SHRINK, replay_batch
 from tests.processes import fit
 
 SMALL: dict[str, Any] = {"hidden": (16, 16), "time_dim": 8, "T": 3}
@@ -84,8 +85,64 @@ def test_compiled_training_equals_plain_training(settings: dict[str, Any], tmp_p
         torch.testing.assert_close(fast[name], value, rtol=1e-5, atol=1e-5 * value.abs().max().item(), msg=name)
 
 
+@needs_compiler
+def test_precision_is_mixed_in_the_same_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled, run as it stands, in bfloat16: also the backward pass is where the plain update has it."""
+    plain, _ = run(tmp_path, False, updates=1, precision="bf16-mixed", value=None)
+    monkeypatch.setattr(compiled, "compiled", lambda function: function)
+    monkeypatch.setattr("qsm_lightning.datamodule.compile_acting", lambda policy: None)
+    same, trainer = run(tmp_path, True, updates=1, precision="bf16-mixed", value=None)
+    assert trainer.lightning_module._compiled is not None
+    for name, value in plain.items():
+        torch.testing.assert_close(same[name], value, rtol=1e-6, atol=1e-6 * value.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("fast", [False, pytest.param(True, marks=needs_compiler)], ids=["plain", "compiled"])
+def test_gradients_at_the_default_size_are_the_same_every_time(fast: bool) -> None:
+    """Bitwise, with several threads: none of them adds up in the order in which it happens to come."""
+    torch.manual_seed(0)
+    loss, batch = QSM(11, 3), replay_batch(256, 11, 3)
+    noise, t = torch.randn(256, 3), torch.randint(5, (256,))
+    parameters = list(loss.denoiser.parameters())
+
+    def gradients(batch: TensorDictBase) -> list[Tensor]:
+        value, _, _ = loss.score_matching(batch["observation"], batch["action"], t, noise)
+        return list(torch.autograd.grad(value, parameters))
+
+    call = compiled.compiled(gradients) if fast else gradients
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with torch._dynamo.config.patch(trace_autograd_ops=True) if fast else contextlib.nullcontext():
+            first, *others = (call(batch) for _ in range(50))
+    finally:
+        torch.set_num_threads(threads)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+@needs_compiler
+def test_lightning_counts_and_measures_compiled_steps(tmp_path: Path) -> None:
+    """Its profiler has every step, and its saved loops are those of plain updates; fit may be called again."""
+    torch.manual_seed(0)
+    module = OffPolicyModule(3, 1, partial(QSM, **SMALL), compile=True)
+    loops = []
+    for compile in (True, False):
+        module.hparams["compile"] = compile
+        data = OffPolicyDataModule("Pendulum-v1", 1, 1, 30, 20, 8, eval_every_frames=30, eval_episodes=1)
+        trainer = quiet_trainer(tmp_path, accelerator="cpu", profiler="simple")
+        trainer.fit(module, data)
+        assert (module._compiled is not None) is compile
+        assert len(trainer.profiler.recorded_durations["optimizer_step"]) == 20  # type: ignore[attr-defined]
+        loops.append(trainer.fit_loop.state_dict())
+        assert {float(s["step"]) for o in trainer.optimizers for s in o.state_dict()["state"].values()} == {10.0}
+    assert loops[0] == loops[1]
+
+
 class Untraceable(QSM):
     """Asks Python for a number in the middle of a loss."""
+
+    compilable = True
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         assert len(str(tensordict["action"].sum().item())) > 0
@@ -98,18 +155,47 @@ def test_a_loss_that_cannot_be_compiled_trains_as_it_is(
 ) -> None:
     """Bitwise, with a warning; where compiling was asked for, it is an error instead."""
     monkeypatch.setattr("qsm_lightning.module.WORTHWHILE_UPDATES", 1)
+    monkeypatch.setattr("qsm_lightning.datamodule.compile_acting", lambda policy: None)  # that is equal to rounding
     plain, _ = run(tmp_path, False, Untraceable, value=None)
     with caplog.at_level(logging.WARNING):
         tried, trainer = run(tmp_path, "auto", Untraceable, value=None)
     assert "Untraceable cannot be compiled" in caplog.text
     assert trainer.lightning_module._compiled is None
     assert plain.keys() == tried.keys()
-    networks = [name for name in plain if name.startswith("loss.")]
-    assert networks
-    for name in networks:  # acting is compiled: that is equal only nearly, and so are its frames
-        torch.testing.assert_close(tried[name], plain[name], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(tried[name], value) for name, value in plain.items())
     with pytest.raises(SettingError, match="model.compile is true, but Untraceable cannot be compiled"):
         run(tmp_path, True, Untraceable, value=None)
+
+
+class Counting(QSM):
+    """Steps its targets every other time, by a number in Python, as a user's loss may."""
+
+    count = 0
+
+    def update_targets(self) -> None:
+        self.count += 1
+        if self.count % 2 == 0:
+            super().update_targets()
+
+
+def test_a_loss_that_does_not_say_it_is_fit_is_not_compiled(tmp_path: Path) -> None:
+    """What a class says does not hold for its subclasses."""
+    long = OffPolicyDataModule("Pendulum-v1", total_frames=1_000_000)
+    trainer = quiet_trainer(tmp_path, accelerator="cpu")
+    assert not OffPolicyModule(3, 1, partial(Counting, **SMALL)).compiles(trainer, long)
+    with pytest.raises(SettingError, match="Counting is not compilable, or does not say so; use auto or false"):
+        OffPolicyModule(3, 1, partial(Counting, **SMALL), compile=True).compiles(trainer, long)
+
+
+class OwnOptimizers(OffPolicyModule):
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers()
+
+
+def test_optimizers_of_ones_own_are_stepped_plainly(tmp_path: Path) -> None:
+    module, trainer, data = settings(tmp_path, True, total_frames=1_000_000)
+    with pytest.raises(SettingError, match="OwnOptimizers has optimizers of its own"):
+        OwnOptimizers(3, 1, partial(QSM, **SMALL), compile=True).compiles(trainer, data)
 
 
 @needs_compiler

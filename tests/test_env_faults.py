@@ -33,6 +33,7 @@ CASES: dict[str, tuple[list[str], dict[str, Any], str, int]] = {
     "NaN in the warm-up": ([], {"fault": "NaN", "age": 17}, "observation is NaN or infinite", 16),
     "NaN in a reset": ([], {"fault": "NaN", "age": 49, "at": "reset"}, "observation is NaN or infinite", 48),
     "an infinite reward": ([], {"fault": "inf", "age": 47}, "reward is NaN or infinite", 46),
+    "a reward beyond float32": ([], {"fault": "huge", "age": 47}, "reward is NaN or infinite", 46),
     "another shape": ([], {"fault": "shape", "age": 47}, "[5]", 46),
     "one of several copies": (
         ["--data.num_envs=3", "--data.frames_per_batch=6"],

@@ -166,7 +166,8 @@ class CompiledUpdate:
         out: dict[str, Tensor] = {}
         for term, adam in self.adams.items():
             loss, metrics = self.loss.term_loss(term, batch)
-            gradients = list(torch.autograd.grad(loss, adam.parameters))
+            with torch.autocast(loss.device.type, enabled=False):  # as OffPolicyModule.backward
+                gradients = list(torch.autograd.grad(loss, adam.parameters))
             with torch.no_grad():
                 if self.clip is not None:
                     self.clip(gradients)

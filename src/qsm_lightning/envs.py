@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -40,6 +39,7 @@ from qsm_lightning.env_faults import Guarded, ProcessEnv
 from qsm_lightning.errors import EnvironmentFault, SettingError, require
 from qsm_lightning.watch import beat
 
+LARGEST = float(np.finfo(np.float32).max)
 # Observation keys that envpool adds to a dm_control task for the sake of its domain's other tasks.
 ENVPOOL_EXTRA_KEYS = {
     **dict.fromkeys(("DogStand", "DogWalk", "DogTrot", "DogRun"), {"target_position", "ball_state"}),
@@ -154,7 +154,7 @@ class GuardedGymWrapper(Guarded, GymWrapper):
         try:
             found, reward, terminated, truncated, _ = self._env.step(action)
             self._take(found, observation)
-            if not math.isfinite(reward):
+            if not abs(reward) <= LARGEST:
                 raise EnvironmentFault("reward is NaN or infinite")
         except (Exception, SystemExit) as error:
             raise self._fault(error) from error
@@ -169,14 +169,16 @@ class GuardedGymWrapper(Guarded, GymWrapper):
             raise self._fault(error) from error
 
     @staticmethod
-    def _take(found: np.ndarray, observation: np.ndarray) -> None:
+    def _take(found: Any, observation: np.ndarray) -> None:
+        found = np.asarray(found)
         if found.shape != observation.shape:
             raise EnvironmentFault(
                 f"observation has the shape {list(found.shape)} instead of {list(observation.shape)}"
             )
-        if not np.isfinite(found).all():
+        with np.errstate(over="ignore"):
+            observation[...] = found
+        if not np.isfinite(observation).all():
             raise EnvironmentFault("observation is NaN or infinite")
-        observation[...] = found
 
 
 def gym_copies(env: EnvBase) -> list[GuardedGymWrapper] | None:

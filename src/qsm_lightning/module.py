@@ -20,6 +20,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from qsm_lightning import trust
+from qsm_lightning.collect import as_written
 from qsm_lightning.compiled import WORTHWHILE_UPDATES, CompiledUpdate, first_line, why_not
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.distributed import backward
@@ -48,8 +49,8 @@ class OffPolicyModule(LightningModule):
         actor_lr_decay_updates: updates over which the denoiser's rate falls to 0 along a cosine; 0 keeps it constant.
         ema: decay per update, in (0, 1), of an exponential moving average of the denoiser's weights, which is then what
             is evaluated; none by default.
-        compile: make each update, and acting, one compiled function (true), or not (false); auto does in runs of at
-            least 20,000 updates by one process on a CPU, where there is a C++ compiler.
+        compile: make each update one compiled function (true), or not (false); auto does in runs of at least 20,000
+            updates by one process on a CPU, where there is a C++ compiler. Acting is compiled as well, where it can be.
 
     Raises:
         SettingError: for a value out of range.
@@ -75,7 +76,9 @@ class OffPolicyModule(LightningModule):
             f"model.actor_lr_decay_updates is {actor_lr_decay_updates}: it must not be negative",
         )
         require(ema is None or 0 < ema < 1, f"model.ema is {ema}: it must be between 0 and 1, such as 0.999, or null")
-        require(compile in (True, False, "auto"), f"model.compile is {compile!r}: choose auto, true or false")
+        require(
+            isinstance(compile, bool) or compile == "auto", f"model.compile is {compile!r}: choose auto, true or false"
+        )
         self.automatic_optimization = False
         self.save_hyperparameters()
         self.hparams.pop("_instantiator", None)
@@ -92,7 +95,7 @@ class OffPolicyModule(LightningModule):
         self._skipped_in_a_row: Counter[str] = Counter()
         self._loss_scale = 1.0
         self._compiled: CompiledUpdate | None = None
-        self._was_compiled: bool | None = None  # where a run goes on
+        self._last_compiled: bool | None = None  # how the last update was made
         self.set_gradient_clipping(None)
 
     def set_gradient_clipping(self, value: float | None, algorithm: Literal["norm", "value"] | None = None) -> None:
@@ -123,8 +126,11 @@ class OffPolicyModule(LightningModule):
         data = datamodule_of(self.trainer)
         for i, minibatch in enumerate(batch.unbind(0)):
             data.check_stop(rest=partial(batch.__getitem__, slice(i, None)))
-            if self._compiled is None or not self._update_compiled(minibatch, optimizers):
+            compiled = self._compiled is not None and self._update_compiled(minibatch, optimizers)
+            if not compiled:
                 self._update(minibatch, optimizers)
+            if compiled is not self._last_compiled:
+                self._note(compiled)
             for scheduler in schedulers:
                 scheduler.step()
 
@@ -153,9 +159,19 @@ class OffPolicyModule(LightningModule):
             log.warning("%s: its updates are slower", why)
             self._compiled = None
             return False
-        for optimizer in optimizers:
-            optimizer._on_after_step()  # Lightning counts them
+        for optimizer in optimizers:  # Lightning counts them
+            optimizer._on_before_step()
+            optimizer._on_after_step()
         return True
+
+    def _note(self, compiled: bool) -> None:
+        if self._last_compiled is not None and self.trainer.is_global_zero:
+            log.warning(
+                "updates were %s and are %s from here on (model.compile): what follows differs by rounding from a run "
+                "that was not stopped",
+                *("compiled", "plain") if self._last_compiled else ("plain", "compiled"),
+            )
+        self._last_compiled = compiled
 
     def _follow(self) -> None:
         """What moves after the optimizers have stepped."""
@@ -231,17 +247,12 @@ class OffPolicyModule(LightningModule):
         self.metrics = {name: value.to(self.device) for name, value in self.metrics.items()}
         if self.trainer.scaler is not None:
             self._loss_scale = self.trainer.scaler.get_scale()
+        self._compiled = None
         if self.compiles(self.trainer, datamodule_of(self.trainer)):
             optimizers = [cast(Adam, optimizer) for optimizer in self.trainer.optimizers]
             clip = self._clip if self.gradient_clip_val is not None else None
             self._compiled = CompiledUpdate(
                 self.loss, dict(zip(self.loss.terms, optimizers, strict=True)), self._follow, clip
-            )
-        if self._was_compiled not in (None, self._compiled is not None) and self.trainer.is_global_zero:
-            log.warning(
-                "updates were %s and are %s from here on (model.compile): what follows differs by rounding from a run "
-                "that was not stopped",
-                *("compiled", "plain") if self._was_compiled else ("plain", "compiled"),
             )
 
     def compiles(self, trainer: Trainer, data: OffPolicyDataModule) -> bool:
@@ -251,12 +262,17 @@ class OffPolicyModule(LightningModule):
             SettingError: when they cannot be and ``compile`` is true.
         """
         wanted = self.hparams["compile"]
-        updates = data.utd * (data.total_frames - data.init_random_frames)
+        updates = as_written(data.utd) * (data.total_frames - data.init_random_frames)
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if wanted is False or (wanted == "auto" and (updates < WORTHWHILE_UPDATES or not on_cpu)):
             return False
+        name = type(self.loss).__name__
         reason = (
-            f"{trainer.world_size} processes average their gradients in the middle of it"
+            f"{name} is not compilable, or does not say so"
+            if not vars(type(self.loss)).get("compilable", False)
+            else f"{type(self).__name__} has optimizers of its own"
+            if type(self).configure_optimizers is not OffPolicyModule.configure_optimizers
+            else f"{trainer.world_size} processes average their gradients in the middle of it"
             if trainer.world_size > 1
             else "16-mixed looks at its gradients in the middle of it"
             if trainer.scaler is not None
@@ -283,7 +299,7 @@ class OffPolicyModule(LightningModule):
         data = datamodule_of(self.trainer)
         checkpoint["metrics"] = data.ranks.gather(self.metrics)
         checkpoint["skipped_steps"] = self.skipped_steps
-        checkpoint["compiled"] = self._compiled is not None
+        checkpoint["compiled"] = self._last_compiled
         put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.batches)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -291,7 +307,7 @@ class OffPolicyModule(LightningModule):
         of_ranks = metrics if isinstance(metrics, list) else [metrics]  # one process's alone before there were several
         self.metrics = of_ranks[self.trainer.global_rank if len(of_ranks) == self.trainer.world_size else 0]
         self.skipped_steps = checkpoint.get("skipped_steps", 0)  # absent in checkpoints from before there was a scaler
-        self._was_compiled = checkpoint.get("compiled", False)
+        self._last_compiled = checkpoint.get("compiled")
         floats = (value for value in checkpoint["state_dict"].values() if value.is_floating_point())
         self.to(next(floats).dtype)  # Lightning converts to float64 only after it has loaded
 

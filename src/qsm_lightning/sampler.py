@@ -36,10 +36,9 @@ def reverse_process(
     trajectory = []
     eps = eps_given(denoiser, observation, schedule.T)
     for t in reversed(range(schedule.T)):  # T-1, ..., 0
-        eps_coef, inv_sqrt_alpha, sigma = schedule.reverse[t]
-        a = (a - eps_coef * eps(a, t)) * inv_sqrt_alpha  # posterior mean
+        a = (a - schedule.eps_coefs[t] * eps(a, t)) * schedule.inv_sqrt_alphas[t]  # posterior mean
         if t > 0:
-            a = a + sigma * temperature * z[t]
+            a = a + schedule.sigmas[t] * temperature * z[t]
         if clip:
             a = a.clamp(-1, 1)
         trajectory.append(a)

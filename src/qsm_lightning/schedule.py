@@ -40,7 +40,7 @@ BETAS: dict[str, Callable[[int], Tensor]] = {"vp": vp_betas, "cosine": cosine_be
 
 
 class NoiseSchedule(nn.Module):
-    """Coefficients of the forward and reverse process, each a buffer of shape [T].
+    """Coefficients of the forward process, each a buffer of shape [T], and of the reverse process, T numbers each.
 
     Args:
         name: ``vp``, ``cosine`` or ``linear``.
@@ -55,9 +55,6 @@ class NoiseSchedule(nn.Module):
     alpha_hats: Tensor
     sqrt_alpha_hats: Tensor
     sqrt_one_minus_alpha_hats: Tensor
-    inv_sqrt_alphas: Tensor
-    eps_coefs: Tensor
-    sigmas: Tensor
 
     def __init__(self, name: ScheduleName = "vp", T: int = 5) -> None:
         super().__init__()
@@ -74,14 +71,11 @@ class NoiseSchedule(nn.Module):
             # forward process q(a_t | a)
             "sqrt_alpha_hats": alpha_hats.sqrt(),
             "sqrt_one_minus_alpha_hats": (1 - alpha_hats).sqrt(),
-            # reverse process p(a_{t-1} | a_t): mean = (a_t - eps_coef * eps) * inv_sqrt_alpha, deviation sigma
-            "inv_sqrt_alphas": alphas.rsqrt(),
-            "eps_coefs": betas / (1 - alpha_hats).sqrt(),
-            "sigmas": betas.sqrt(),
         }
-        # the reverse process step by step, as numbers: (eps_coef, inv_sqrt_alpha, sigma) of t = 0 .. T-1
-        of_steps = (coefficients[key].tolist() for key in ("eps_coefs", "inv_sqrt_alphas", "sigmas"))
-        self.reverse: list[tuple[float, float, float]] = list(zip(*of_steps, strict=True))
+        # reverse process p(a_{t-1} | a_t): mean = (a_t - eps_coef * eps) * inv_sqrt_alpha, deviation sigma
+        self.inv_sqrt_alphas: list[float] = alphas.rsqrt().tolist()
+        self.eps_coefs: list[float] = (betas / (1 - alpha_hats).sqrt()).tolist()
+        self.sigmas: list[float] = betas.sqrt().tolist()
         for key, value in coefficients.items():
             self.register_buffer(key, value.to(torch.get_default_dtype()), persistent=False)
 

@@ -22,6 +22,10 @@ class OffPolicyLoss(LossModule):
     ``x_loss(tensordict) -> (loss, detached metrics)`` and lists its modules in ``term_modules(x)``; the trainer makes
     one optimizer per term. Networks, targets and the maths are the loss's own; how often and with what they are
     stepped is not.
+
+    A class may say of itself, not for its subclasses, that it is ``compilable``: that ``x_loss`` and
+    ``update_targets`` read and change nothing between two updates but the content of tensors. A number that is counted
+    up or annealed would keep its first value in a compiled update; as a buffer it does not.
     """
 
     @dataclass
@@ -34,6 +38,7 @@ class OffPolicyLoss(LossModule):
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     terms: tuple[str, ...] = ()
+    compilable = False
 
     @property
     def functional(self) -> bool:

@@ -46,7 +46,7 @@ class QSMLoss(OffPolicyLoss):
 
     Examples:
         >>> from qsm_lightning.losses import QSMLoss
-        >>> from qsm_lightning.networks import Critics, Denoiser, eps_given
+        >>> from qsm_lightning.networks import Critics, Denoiser
         >>> from qsm_lightning.schedule import NoiseSchedule
         >>> loss = QSMLoss(Denoiser(3, 1), Critics(3, 1), NoiseSchedule("vp", 5))
         >>> loss.in_keys
@@ -56,6 +56,7 @@ class QSMLoss(OffPolicyLoss):
     """
 
     terms = ("qvalue", "actor")
+    compilable = True
 
     def __init__(
         self,
@@ -194,6 +195,8 @@ class QSM(QSMLoss):
         T: number of denoising steps, at least 1.
         **settings: the settings of :class:`QSMLoss`.
     """
+
+    compilable = True
 
     def __init__(
         self,
