@@ -9,7 +9,9 @@ to them stands the floor, their matrix products alone. OUT.png and OUT.json are 
 from __future__ import annotations
 
 import argparse
+import logging
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +77,31 @@ def draw(found: dict[str, dict[int, dict[str, list[float]]]]) -> Figure:
     """A panel for each axis, both scales logarithmic."""
     figure = Figure(figsize=(4 * min(3, len(found)), 3.2 * -(-len(found) // 3)), layout="constrained")
     panels = figure.subplots(-(-len(found) // 3), min(3, len(found)), squeeze=False).flat
-    for axis, panel in zip(found, panels, strict=False):
+    for axis, panel in zip_longest(found, panels):
+        panel.set_visible(axis is not None)
+        if axis is None:
+            continue
+        values = list(found[axis])
+        low_of_all: list[float] = []
+        high_of_all: list[float] = []
         for name in next(iter(found[axis].values())):
-            values = list(found[axis])
             middle, low, high = zip(*(found[axis][value][name] for value in values), strict=True)
+            low_of_all += low
+            high_of_all += high
             panel.plot(values, middle, "o-", label=name, ms=4)
             panel.fill_between(values, low, high, alpha=0.25)
         panel.set(xscale="log", yscale="log", xlabel=LABELS[axis], ylabel="ms")
-        panel.grid(alpha=0.3, which="both")
+        panel.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+        panel.minorticks_off()
+        ticks = [tick for tick in TICKS if min(low_of_all) / 2 < tick < 2 * max(high_of_all)]
+        panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        panel.set_ylim(min(low_of_all) / 1.3, max(high_of_all) * 1.3)
+        panel.grid(alpha=0.3)
         panel.legend()
     return figure
 
 
+TICKS = [factor * 10.0**power for power in range(-3, 4) for factor in (1, 2, 5)]
 LABELS = {
     "T": "denoising steps T",
     "width": "width of the hidden layers",
@@ -104,6 +119,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="turns of 5 calls (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write OUT.png and OUT.json")
     options = parser.parse_args()
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
     results: dict[str, Any] = {"machine": machine(), "ms": {}}
     print(f"{described(results['machine'])}\n\nms: median (quartiles)")
     for axis in options.axis:
