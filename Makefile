@@ -33,7 +33,7 @@ check: .venv/.installed-dev  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.installed-dev  ## time of updates, actions and the whole loop on this machine; a quarter of an hour
+bench: .venv/.installed-dev  ## time of updates, actions and the whole loop on this machine; about an hour
 	$(PIP) --editable '.[bench]'
 	$(BIN)/python -m benchmarks.update --json docs/results/update.json
 	$(BIN)/python -m benchmarks.loop --json docs/results/loop.json

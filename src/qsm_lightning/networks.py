@@ -18,8 +18,8 @@ FEW = 16_384  # numbers up to which the count of operations decides, not their s
 def mish(x: Tensor) -> Tensor:
     """x * tanh(softplus(x)) with one exponential: tanh(log(1 + u)) = n / (n + 2), n = u (u + 2), u = exp(x).
 
-    On a CPU a batch takes less time than by ``torch.nn.functional.mish``, a quarter when compiled; few numbers take
-    more. Above x = 20 the factor is 1 in float64.
+    For a batch on a CPU this is faster than ``torch.nn.functional.mish``, the more so when compiled; for few numbers
+    that is, and is called. Above x = 20 the factor is 1 in float64.
     """
     if x.numel() <= FEW and not torch.compiler.is_compiling():
         return F.mish(x)
