@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,23 +64,37 @@ class Clock(Callback):
     def __init__(self, device: str) -> None:
         self.gpu = device != "cpu"
         self.updating, self.updates, self.first, self.last = 0.0, 0, 0.0, 0.0
+        self.collecting, self._before = 0.0, 0
 
     def _now(self) -> float:
         if self.gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def aside(self, function: Callable[[], Any]) -> Callable[[], Any]:
+        """``function``, whose time within a batch is not that of updates."""
+
+        def measured() -> Any:
+            start = self._now()
+            try:
+                return function()
+            finally:
+                self.collecting += self._now() - start
+
+        return measured
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._start = self._now()
+        self._start, self.collecting = self._now(), 0.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now, done = self._now(), datamodule_of(trainer).progress.updates
         if done <= BURN_IN:
             self.first = now
         else:
-            self.updating += now - self._start
-            self.updates += len(batch)
+            self.updating += now - self._start - self.collecting
+            self.updates += done - self._before
             self.last = now
+        self._before = done
 
 
 def measure(way: str, batch: int, options: argparse.Namespace) -> dict[str, float]:
@@ -101,6 +116,7 @@ def measure(way: str, batch: int, options: argparse.Namespace) -> dict[str, floa
         data.observation_dim, data.action_dim, partial(QSM, hidden=tuple(options.hidden), T=options.T)
     )
     clock = Clock(options.accelerator)
+    data.next_round = clock.aside(data.next_round)  # type: ignore[method-assign]
     data.evaluate = lambda: {"sample": {"return": torch.zeros(1), "length": torch.zeros(1)}}  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         quiet_trainer(

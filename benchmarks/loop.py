@@ -178,12 +178,13 @@ def run_bare(options: argparse.Namespace, clock: Clock, port: bool = False) -> N
         torch.empty(size, 1, dtype=torch.bool)
     ]
     store.append(torch.empty(size, observation_dim))
+    act, step, update = clock.timed("acting", act), clock.timed("env", envs.step), clock.timed("update", update)
     frames, updates = 0, 0
     while frames < clock.end:
         seen = torch.tensor(envs.observation)
         with torch.no_grad():
             action = torch.rand(len(seen), action_dim) * 2 - 1 if frames < WARM_UP else act(seen)
-        following, rewards, terminated = envs.step(action.numpy())
+        following, rewards, terminated = step(action.numpy())
         new = (seen, action, torch.from_numpy(rewards), torch.from_numpy(terminated), torch.from_numpy(following))
         for column, values in zip(store, new, strict=True):
             column[frames : frames + len(seen)] = values
@@ -276,15 +277,19 @@ def table(rows: list[dict[str, Any]], ways: list[str]) -> str:
 
 
 def shares(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds per frame of each part of qsm; Lightning and what glues the parts is the rest."""
+    """Milliseconds per frame of each part of qsm and bare; the rest glues them, and in bare is the buffer."""
     lines = []
     for row in rows:
-        whole = statistics.median(1e3 / one["frames_per_s"] for one in row["ways"]["qsm"])
-        parts = {part: statistics.median(one["ms"].get(part, 0.0) for one in row["ways"]["qsm"]) for part in PARTS}
-        parts["Lightning and the rest"] = whole - sum(parts.values())
-        cells = [f"{ms:.2f} ({100 * ms / whole:.0f} %)" for ms in parts.values()]
-        lines.append([row["env"], str(row["num_envs"]), f"{row['utd']:g}", f"{whole:.2f}", *cells])
-    return markdown(["environment", "num_envs", "utd", "ms per frame", *PARTS, "Lightning and the rest"], lines)
+        for way in ("qsm", "bare"):
+            if way in row["ways"]:
+                whole = statistics.median(1e3 / one["frames_per_s"] for one in row["ways"][way])
+                parts = {
+                    part: statistics.median(one["ms"].get(part, 0.0) for one in row["ways"][way]) for part in PARTS
+                }
+                parts["the rest"] = whole - sum(parts.values())
+                cells = [f"{ms:.2f} ({100 * ms / whole:.0f} %)" for ms in parts.values()]
+                lines.append([row["env"], str(row["num_envs"]), f"{row['utd']:g}", way, f"{whole:.2f}", *cells])
+    return markdown(["environment", "num_envs", "utd", "way", "ms per frame", *PARTS, "the rest"], lines)
 
 
 def start_up(rows: list[dict[str, Any]]) -> str:
@@ -340,7 +345,7 @@ def main() -> None:
         results["rows"].append(row)
         print(f"{case} is done", file=sys.stderr)
     setting = f"hidden {options.hidden}, batch 256, T 5; frames per second: median (least - most)"
-    parts = ["", "qsm, by part", "", shares(results["rows"]), "", start_up(results["rows"])] if "qsm" in ways else []
+    parts = ["", "by part", "", shares(results["rows"]), "", start_up(results["rows"])] if "qsm" in ways else []
     print("\n".join([described(results["machine"]), setting, "", table(results["rows"], ways), *parts]))
     save(options.json, results)
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 from qsm_lightning import checkpoints
 from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import EnvironmentFault, Interrupted, require
+from qsm_lightning.losses.base import non_finite
 from qsm_lightning.runs import CHECKPOINTS
 
 RETRY_SECONDS = 60.0
@@ -29,7 +30,7 @@ class RunCheckpoint(Checkpoint):
     signal or a failed environment ends the run, its state is written first.
 
     Args:
-        every_frames: also after so many frames; null for evaluations alone.
+        every_frames: also at every multiple of so many frames; null for evaluations alone.
         keep_last: newest checkpoints to keep; the one with the best evaluation return stays too.
     """
 
@@ -53,6 +54,11 @@ class RunCheckpoint(Checkpoint):
         return checkpoints.best(self.last.path.parent) if self.last else None
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.every_frames is not None:
+            datamodule_of(trainer).end_batches_every(self.every_frames)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._training = True
         self.saved_at_frames = datamodule_of(trainer).progress.frames
@@ -64,8 +70,8 @@ class RunCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         data = datamodule_of(trainer)
-        new = data.progress.frames - self.saved_at_frames
-        due = self.every_frames is not None and new >= self.every_frames and not data.evaluation_owed
+        frames, every = data.progress.frames, self.every_frames
+        due = every is not None and frames // every > self.saved_at_frames // every and not data.evaluation_owed
         if self._retry_at is not None and time.monotonic() >= self._retry_at:
             data.stopping.save_wanted = True  # clocks differ: the ranks agree on it in the next batch
         if due or data.stopping.save_agreed:
@@ -88,12 +94,17 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The learner's state is sound when a signal or an environment ended the run: write it."""
+        """The learner's state is sound when a signal or an environment ended the run: write it, unless it diverged."""
         data = datamodule_of(trainer)
         if not isinstance(exception, (Interrupted, EnvironmentFault)) or getattr(exception, "at_once", False):
             return
-        if (exception.agreed or data.ranks.count == 1) and self._training and data.started:
-            self.save(trainer)
+        if not (exception.agreed or data.ranks.count == 1) or not self._training or not data.started:
+            return
+        found = non_finite(pl_module.metrics)  # type: ignore[arg-type]
+        if any(data.ranks.highest(found is not None)):
+            warnings.warn(f"no checkpoint is written: training diverged ({found or 'on another rank'})", stacklevel=2)
+            return
+        self.save(trainer)
 
     def save(self, trainer: Trainer, eval_return: float | None = None) -> None:
         """Write a checkpoint, and remove those that are not kept; on a full disk, warn and try again later."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import TrainingFault
+from qsm_lightning.losses.base import Metrics, non_finite
 
 
 class StopOnNonFinite(Callback):
@@ -23,10 +23,8 @@ class StopOnNonFinite(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         data = datamodule_of(trainer)
-        metrics: dict[str, torch.Tensor] = pl_module.metrics  # type: ignore[assignment]
-        if not metrics or torch.stack(list(metrics.values())).isfinite().all():
-            data.stopping.agree()
-            return
-        name = next(key for key, value in metrics.items() if not value.isfinite())
-        frames = data.progress.frames
-        data.stopping.agree(TrainingFault(f"training diverged: {name} is {metrics[name].item()} at frame {frames}"))
+        metrics: Metrics = pl_module.metrics  # type: ignore[assignment]
+        fault = None
+        if (found := non_finite(metrics)) is not None:
+            fault = TrainingFault(f"training diverged: {found} at frame {data.progress.frames}")
+        data.stopping.agree(fault)

@@ -33,6 +33,10 @@ class TrainingMetrics(Callback):
         self._ended_at = 0
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        datamodule_of(trainer).end_batches_every(self.every_frames)
+
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_clock(trainer)
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from tensordict import TensorDict
 
+from qsm_lightning.compiled import why_not
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 # Shrinks any shipped configuration to a few seconds.
@@ -47,6 +49,7 @@ if GL is not None:  # read when dm_control is imported
     os.environ["MUJOCO_GL"] = GL
 needs_gl = pytest.mark.skipif(GL is None, reason="MuJoCo can render with neither egl nor osmesa here")
 needs_dmc = pytest.mark.skipif(not has("dm_control"), reason="the extra dmc is not installed")
+needs_compiler = pytest.mark.skipif(bool(why_not()), reason=why_not() or "it can")
 needs_envpool = pytest.mark.skipif(not has("envpool"), reason="the extra envpool is not installed")
 
 

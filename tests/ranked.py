@@ -80,15 +80,15 @@ class Fed(OffPolicyDataModule):
 
     fed = 0
 
-    def next_batch(self) -> TensorDictBase:
-        batch = super().next_batch()
+    def next_round(self) -> list[TensorDictBase]:
+        batch = super().next_round()
         whole = [replay_batch(BATCH, self.observation_dim, self.action_dim, self.fed + i) for i in range(len(batch))]
         self.fed += len(batch)
         mine = self.ranks.part(BATCH)
         rows = [one[mine.start : mine.stop] for one in whole]
         dtype = next(self.trainer.lightning_module.parameters()).dtype  # type: ignore[union-attr]
         cast = partial(_cast, dtype=dtype)
-        return TensorDict.stack(rows).apply(cast) if rows else batch
+        return [row.apply(cast) for row in rows]
 
 
 class Record(Callback):

@@ -59,6 +59,18 @@ def test_a_diverged_loss_stops_with_its_name_and_frame() -> None:
         guard.on_train_batch_end(trainer, Mock(metrics=metrics), None, None, 0)
 
 
+@pytest.mark.parametrize(("value", "saves"), [(1.0, 1), (float("nan"), 0)])
+def test_a_signal_saves_unless_training_diverged(value: float, saves: int, tmp_path: Path) -> None:
+    """Between two looks of the guard an update may have gone wrong."""
+    run, writer = Writing(tmp_path, 5), cb.RunCheckpoint()
+    run.trainer.datamodule.started = True
+    writer.on_train_start(run.trainer, Mock())
+    module = Mock(metrics={"loss/qvalue": torch.tensor(2.0), "loss/actor": torch.tensor(value)})
+    with nullcontext() if saves else pytest.warns(UserWarning, match="training diverged .loss/actor"):
+        writer.on_exception(run.trainer, module, Interrupted(signal.SIGTERM))
+    assert len(complete(run.folder)) == saves
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_noted_and_handlers_come_back(signum: signal.Signals) -> None:
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
@@ -127,7 +139,7 @@ def test_checkpoints_between_evaluations(tmp_path: Path) -> None:
     for progress.frames in range(7, 100, 7):
         run.trainer.datamodule.evaluation_owed = progress.frames == 35  # it will be saved after that evaluation
         writer.on_train_batch_end(run.trainer, Mock(), None, None, 0)
-    assert [checkpoint.order[0] for checkpoint in complete(run.folder)] == [42, 77]
+    assert [checkpoint.order[0] for checkpoint in complete(run.folder)] == [42, 63, 91]
 
 
 def test_a_full_disk_costs_a_warning_and_another_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

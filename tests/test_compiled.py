@@ -16,18 +16,17 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from qsm_lightning import compiled
-from qsm_lightning.compiled import WORTHWHILE_UPDATES, compile_acting, why_not
+from qsm_lightning.compiled import WORTHWHILE_UPDATES, compile_acting
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.module import OffPolicyModule
 from tests.compare import state
-from tests.helpers import SHRINK, replay_batch
+from tests.helpers import SHRINK, needs_compiler, replay_batch
 from tests.processes import fit
 
 SMALL: dict[str, Any] = {"hidden": (16, 16), "time_dim": 8, "T": 3}
-needs_compiler = pytest.mark.skipif(bool(why_not()), reason=why_not() or "it can")
 
 
 class LastMetrics(Callback):

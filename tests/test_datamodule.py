@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import Trainer
+from benchmarks.training import quiet_trainer
+from pytorch_lightning import Callback, Trainer
 from tensordict import TensorDict
 
 from qsm_lightning.collect import Progress, RecentExperience
-from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.replay import FRAME_KEYS
+from tests.compare import assert_same, rows
+from tests.helpers import SHRINK
+from tests.processes import trained
 
 CLOCK = "tests.fake_envs:Clock-v0"
 
@@ -48,6 +52,52 @@ def test_updates_are_exactly_utd_times_the_frames_after_the_warm_up(
     assert data.progress.frames == frames, "training stops at the first chunk that reaches total_frames"
     assert len(steps) == data.progress.updates == math.floor(Fraction(str(utd)) * (frames - 20))
     assert len(data.buffer) == frames
+
+
+def test_a_run_is_the_same_whatever_a_training_batch_has(tmp_path: Path) -> None:
+    """Bit by bit, rows of metrics at odd frames included; evaluations after 45 frames, the last one at the end."""
+    shrunk = ["--config=pendulum", *SHRINK, "--data.eval_every_frames=45", "--data.total_frames=130", "--data.utd=0.7"]
+    runs = []
+    for n in (1, 3, "null"):
+        (folder := tmp_path / str(n)).mkdir()
+        runs.append(trained(folder, *shrunk, "--metrics.every_frames=7", f"--data.rounds_per_batch={n}"))
+    one, three, all_of_them = runs
+    found = [float(row["step"]) for row in rows(one) if "train/updates" in row]
+    assert found == [*range(7, 130, 7), 130]
+    assert_same(one, three)
+    assert_same(one, all_of_them)
+
+
+class Batches(Callback):
+    """The frames after each training batch."""
+
+    def __init__(self) -> None:
+        self.ends: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.ends.append(datamodule_of(trainer).progress.frames)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ends"),
+    [
+        ({}, [10, 20, 25, 35, 45, 50, 60]),
+        ({"rounds_per_batch": 1}, list(range(1, 61))),
+        ({"num_envs": 3}, [9, 18, 27, 36, 45, 54, 60]),
+        ({"num_envs": 3, "rounds_per_batch": 2}, [6, 12, 18, 24, 27, 33, 39, 45, 51, 54, 60]),
+        ({"frames_per_batch": 20}, [20, 40, 60]),
+    ],
+    ids=str,
+)
+def test_training_batches_end_at_evaluations(settings: dict[str, Any], ends: list[int], tmp_path: Path) -> None:
+    """Every 25 frames, rounded up to whole rounds."""
+    data = OffPolicyDataModule(
+        CLOCK, **{"batch_size": 4, "init_random_frames": 20, "total_frames": 60, "eval_every_frames": 25} | settings
+    )
+    module = OffPolicyModule(2, 1, partial(QSM, hidden=(8,), time_dim=4, T=2))
+    batches = Batches()
+    quiet_trainer(tmp_path, callbacks=[batches]).fit(module, data)
+    assert batches.ends == ends
 
 
 def test_no_update_is_lost_to_rounding() -> None:

@@ -14,6 +14,7 @@ import torch
 from benchmarks.training import quiet_trainer
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins import MixedPrecision
+from tensordict import TensorDictBase
 from torch import nn
 
 from qsm_lightning import evaluate_command
@@ -62,14 +63,14 @@ def test_a_training_step_is_the_plain_loop(
     """30 updates by the Trainer equal the same updates written out with two Adams; bitwise, but for clipping."""
 
     class Recorded(OffPolicyDataModule):
-        given: list[torch.Tensor] = []
+        given: list[list[TensorDictBase]] = []
         states: list[torch.Tensor] = []
 
-        def next_batch(self) -> torch.Tensor:  # type: ignore[override]
-            batch = super().next_batch()
-            self.given.append(batch.clone())
+        def next_round(self) -> list[TensorDictBase]:
+            updates = super().next_round()
+            self.given.append([minibatch.clone() for minibatch in updates])
             self.states.append(torch.get_rng_state())
-            return batch  # type: ignore[return-value]
+            return updates
 
     scale = 64.0 if low == torch.float16 else 1.0
     plugin = {
@@ -190,7 +191,9 @@ def trained_with_average(folder: Path, *callbacks: Callback) -> OffPolicyModule:
     """20 frames of warm-up, and 10 of an update each, with an evaluation at the end."""
     torch.manual_seed(0)
     module = OffPolicyModule(3, 1, SMALL, critic_lr=1e-2, actor_lr=1e-2, ema=0.7)
-    data = OffPolicyDataModule("Pendulum-v1", 1, 1, 30, 20, 8, eval_every_frames=30, eval_episodes=1)
+    data = OffPolicyDataModule(
+        "Pendulum-v1", 1, 1, 30, 20, 8, eval_every_frames=30, eval_episodes=1, rounds_per_batch=1
+    )
     quiet_trainer(folder, callbacks=list(callbacks)).fit(module, data)
     return module
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from qsm_lightning.compiled import compiled
 from qsm_lightning.losses import QSMLoss
 from qsm_lightning.networks import Critics, Denoiser
 from qsm_lightning.policy import add_action_noise
 from qsm_lightning.sampler import reverse_process
 from qsm_lightning.schedule import NoiseSchedule
+from tests.helpers import needs_compiler
 
 DATA = Path(__file__).parent / "data"
 CASES = sorted(path.stem for path in DATA.glob("*.npz"))
@@ -92,10 +95,21 @@ def rebuilt(case: str, dtype: torch.dtype) -> tuple[QSMLoss, dict[str, Tensor]]:
 
 
 @lru_cache
-def reproduced(case: str, dtype: torch.dtype) -> dict[str, np.ndarray]:
+def reproduced(case: str, dtype: torch.dtype, fast: bool) -> dict[str, np.ndarray]:
     """Everything the reference file holds, computed by this package from its weights, batch and noise."""
     loss, x = rebuilt(case, dtype)
-    schedule, names = loss.schedule, weights(loss)
+    calculate = partial(calculated, loss)
+    if fast:
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            found = compiled(calculate)(x)
+    else:
+        found = calculate(x)
+    return {name: as_reference(name, value) for name, value in found.items()}
+
+
+def calculated(loss: QSMLoss, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Outputs and gradients by their names in the reference file."""
+    schedule = loss.schedule
     observation, action = x["batch/observation"], x["batch/action"]
     next_observation = x["batch/next_observation"]
     out = {k: getattr(schedule, k) for k in ("betas", "alphas", "alpha_hats")}
@@ -111,16 +125,20 @@ def reproduced(case: str, dtype: torch.dtype) -> dict[str, np.ndarray]:
         x["batch/reward"], x["batch/terminated"], next_observation, out["td/next_action"]
     )
     out["critic_loss_1"], out["critic_loss_2"] = (loss.critics(observation, action) - y).square().mean(1)
-    (out["critic_loss_1"] + out["critic_loss_2"]).backward()
     out["score/noisy_action"] = schedule.add_noise(action, x["score/t"], x["score/noise"])
     out["score/loss"], _, out["score/q_grad"] = loss.score_matching(observation, action, x["score/t"], x["score/noise"])
-    out["score/loss"].backward()
-    grads = {
-        name.replace("denoiser/", "denoiser_grad/").replace("critic_", "critic_grad_"): parameter.grad
-        for name, parameter in names.items()
-        if not name.startswith("target")
+    learned = {name: p for name, p in weights(loss).items() if not name.startswith("target") and p.requires_grad}
+    of = {
+        "denoiser": out["score/loss"],
+        "critic_1": out["critic_loss_1"],
+        "critic_2": out["critic_loss_2"],
     }
-    return {name: as_reference(name, value) for name, value in (out | grads).items() if value is not None}
+    for begin, value in of.items():
+        names = [name for name in learned if name.startswith(begin)]
+        gradients = torch.autograd.grad(value, [learned[name] for name in names], retain_graph=True)
+        renamed = (n.replace("denoiser/", "denoiser_grad/").replace("critic_", "critic_grad_") for n in names)
+        out |= dict(zip(renamed, gradients, strict=True))
+    return {name: value.detach() for name, value in out.items()}
 
 
 INPUTS: tuple[str, ...] = (
@@ -141,10 +159,20 @@ def outputs(case: str) -> list[str]:
     return [k for k in reference(case) if k == "score/noisy_action" or not k.startswith(INPUTS)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "key"), [(case, key) for case in CASES for key in outputs(case)])
-def test_array_equals_the_authors(case: str, key: str, dtype: torch.dtype) -> None:
-    expected, actual = reference(case)[key], reproduced(case, dtype)[key]
+def ways() -> Iterator[Any]:
+    """Every case in both precisions, plain and compiled; of those that compile for a minute one."""
+    for case, dtype, fast in product(CASES, DTYPES, (False, True)):
+        marks = [needs_compiler] if fast else []
+        if fast and (case, dtype) != ("hopper_vp_T5", torch.float64):
+            marks.append(pytest.mark.slow)
+        for key in outputs(case):
+            name = f"{case}-{key}-{dtype}{'-compiled' if fast else ''}"
+            yield pytest.param(case, key, dtype, fast, marks=marks, id=name)
+
+
+@pytest.mark.parametrize(("case", "key", "dtype", "fast"), ways())
+def test_array_equals_the_authors(case: str, key: str, dtype: torch.dtype, fast: bool) -> None:
+    expected, actual = reference(case)[key], reproduced(case, dtype, fast)[key]
     assert actual.shape == expected.shape
     if dtype is torch.float64:
         np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)

@@ -180,7 +180,9 @@ def scaled_run(
 ) -> Trainer:
     """Train on a CPU in 16-mixed: an update per frame after the 20th."""
     torch.manual_seed(0)
-    data = OffPolicyDataModule("Pendulum-v1", 1, 1, frames, 20, 8, eval_every_frames=10, eval_episodes=1)
+    data = OffPolicyDataModule(
+        "Pendulum-v1", 1, 1, frames, 20, 8, eval_every_frames=10, eval_episodes=1, rounds_per_batch=1
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=16)
     trainer = quiet_trainer(
         folder,

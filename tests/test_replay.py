@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 
 from qsm_lightning import replay
 from qsm_lightning.errors import SettingError
@@ -50,6 +51,29 @@ def test_a_ring_comes_back_frame_by_frame(steps: list[int], storage: str, tmp_pa
         for ring in (buffer, restored):
             ring.extend(frames(total, total + 4))  # type: ignore[attr-defined]
         total += 4
+
+
+@pytest.mark.parametrize("storage", ["memory", "memmap"])
+def test_content_and_samples_are_torchrls(storage: str, tmp_path: Path) -> None:
+    """Whatever is added when, in pieces of any size, around the end of the ring, and sampled in between."""
+    capacity = 37
+    ours = make_replay_buffer(capacity, str(tmp_path) if storage == "memmap" else None, seed=3)
+    theirs = ReplayBuffer(storage=LazyTensorStorage(capacity))
+    theirs.set_rng(torch.Generator().manual_seed(3))
+    total = 0
+    for n in torch.randint(1, 20, (60,), generator=torch.Generator().manual_seed(0)).tolist():
+        for buffer in (ours, theirs):
+            buffer.extend(frames(total, total + n))
+        total += n
+        drawn, expected = ours.sample(8), theirs.sample(8)
+        assert set(drawn.keys(True, True)) == set(FRAME_KEYS)
+        for key in FRAME_KEYS:
+            assert torch.equal(drawn[key], expected[key])
+            assert type(drawn[key]) is torch.Tensor
+            assert torch.equal(ours[:][key], theirs[:][key])
+    assert ours.write_count == theirs.write_count == total
+    assert ours.writer.state_dict() == theirs.writer.state_dict()
+    assert len(ours) == len(theirs) == capacity
 
 
 def test_a_save_writes_what_is_new_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,13 +45,14 @@ class GymCollector(Collector):
     """TorchRL's collector with a short way for gymnasium's environments in this process and this package's policies.
 
     The frames are bitwise the same, and what a checkpoint keeps as well. Of a frame it gives what is stored and counted
-    (observation, action, next: observation, reward, terminated, done, episode_reward, step_count), in order of time.
+    (observation, action, next: observation, reward, terminated, done, episode_reward, step_count). Chunks are [frames],
+    in order of time, and the next one is written over the last.
     """
 
     def rollout(self) -> TensorDictBase:
         copies = gym_copies(self.env)
         if copies is None or not isinstance(self._orig_policy, Policy) or self._should_use_random_frames():
-            return super().rollout()
+            return in_order_of_time(super().rollout())
         return self._short_rollout(copies, self._orig_policy)
 
     def iterator(self) -> Iterator[TensorDictBase]:
@@ -61,47 +63,73 @@ class GymCollector(Collector):
             yield chunk
 
     _carrier: TensorDictBase
+    _room: Room | None = None
 
     def _short_rollout(self, copies: list[GuardedGymWrapper], policy: Policy) -> TensorDict:
-        n, steps = len(copies), self.frames_per_batch  # TorchRL's attribute counts each copy's
-        now = {key: self._carrier[key].view(n, -1).numpy() for key in ("observation", "episode_reward", "step_count")}
-        observation = np.empty((steps + 1, *now["observation"].shape), np.float32)
-        following = np.empty_like(observation[:steps])
-        action = np.empty((steps, n, self.env.action_spec.shape[-1]), np.float32)
-        reward, returns = np.empty((2, steps, n, 1), np.float32)
-        terminated, truncated, done = np.empty((3, steps, n, 1), np.bool_)
-        counts = np.empty((steps, n, 1), np.int64)
-        observation[0] = now["observation"]
-        episode_reward, step_count = now["episode_reward"].copy(), now["step_count"].copy()
-        for t in range(steps):
-            seen = torch.tensor(observation[t])  # a copy: how memory is aligned may change the last bit of a product
-            action[t] = policy.checked_action(seen).numpy()
+        room = self._room
+        if room is None:  # TorchRL's attribute counts each copy's frames
+            self._room = room = Room(self.frames_per_batch, self.env)
+        if self._carrier is not room.carrier:  # TorchRL's own way, or a checkpoint, has made it
+            room.carrier.update_(self._carrier)
+            self._carrier = room.carrier
+        now, seen, chunk = room.now, room.seen, room.following
+        for t in range(self.frames_per_batch):
+            seen["observation"][t] = now["observation"]
+            # copied: how memory is aligned may change the last bit of a product, and environments may keep an action
+            action = policy.checked_action(torch.tensor(now["observation"])).numpy()
+            seen["action"][t] = now["action"][:] = action
             for i, env in enumerate(copies):
-                reward[t, i], terminated[t, i], truncated[t, i] = env.step_array(action[t, i], following[t, i])
-            done[t] = terminated[t] | truncated[t]
-            episode_reward += reward[t]
-            step_count += 1
-            observation[t + 1], returns[t], counts[t] = following[t], episode_reward, step_count
-            for i in np.flatnonzero(done[t]).tolist():
-                copies[i].reset_array(observation[t + 1, i])
-                episode_reward[i], step_count[i] = 0, 0
-        never = np.zeros((n, 1), np.bool_)
-        self._carrier = _tensors(
-            {"observation": observation[steps], "episode_reward": episode_reward, "step_count": step_count}
-            | {"action": action[-1], **{key: never.copy() for key in ("terminated", "truncated", "done")}},
-            self.env.batch_size,
-        )
-        following_step = {"observation": following, "reward": reward, "terminated": terminated, "done": done}
-        following_step |= {"episode_reward": returns, "step_count": counts}
-        frames = [steps * n]
-        chunk = _tensors({"observation": observation[:steps], "action": action}, frames)
-        return chunk.set("next", _tensors(following_step, frames))
+                reward, terminated, truncated = env.step_array(action[i], now["observation"][i])
+                chunk["observation"][t, i], chunk["reward"][t, i] = now["observation"][i], reward
+                chunk["terminated"][t, i], chunk["done"][t, i] = terminated, terminated or truncated
+                now["episode_reward"][i] += chunk["reward"][t, i]
+                now["step_count"][i] += 1
+            chunk["episode_reward"][t], chunk["step_count"][t] = now["episode_reward"], now["step_count"]
+            for i in np.flatnonzero(chunk["done"][t]).tolist():
+                copies[i].reset_array(now["observation"][i])
+                now["episode_reward"][i], now["step_count"][i] = 0, 0
+        return room.chunk
+
+
+class Room:
+    """Memory that a collector fills again and again, as arrays and as TensorDicts.
+
+    Attributes:
+        seen: observation [steps, copies, O] and action [steps, copies, A] of a chunk.
+        following: what came next, [steps, copies, d].
+        now: where the environments are, [copies, d].
+        chunk: ``seen`` and ``following``, [steps * copies].
+        carrier: ``now``, with the batch size of the environments.
+    """
+
+    def __init__(self, steps: int, env: EnvBase) -> None:
+        observation, action = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
+        count, flag = env.batch_size.numel(), np.bool_
+        seen = {"observation": (observation, np.float32), "action": (action, np.float32)}
+        counts = {"episode_reward": (1, np.float32), "step_count": (1, np.int64)}
+        following = {"observation": seen["observation"], "reward": (1, np.float32), "terminated": (1, flag)}
+        flags = {"terminated": (1, flag), "truncated": (1, flag), "done": (1, flag)}
+
+        def arrays(kinds: dict[str, tuple[int, Any]], *shape: int) -> dict[str, np.ndarray]:
+            return {key: np.zeros((*shape, width), dtype) for key, (width, dtype) in kinds.items()}
+
+        self.seen = arrays(seen, steps, count)
+        self.following = arrays(following | {"done": (1, flag)} | counts, steps, count)
+        self.now = arrays(seen | counts | flags, count)
+        frames = [steps * count]
+        self.chunk = _tensors(self.seen, frames).set("next", _tensors(self.following, frames))
+        self.carrier = _tensors(self.now, env.batch_size)
 
 
 def _tensors(arrays: dict[str, np.ndarray], batch_size: Sequence[int]) -> TensorDict:
-    """Arrays [..., d] as tensors [*batch_size, d]."""
+    """Arrays [..., d] as tensors [*batch_size, d] of the same memory."""
     tensors = {key: torch.from_numpy(array).view(*batch_size, array.shape[-1]) for key, array in arrays.items()}
     return TensorDict(tensors, batch_size)
+
+
+def in_order_of_time(chunk: TensorDictBase) -> TensorDictBase:
+    """A chunk [frames], or [environments, time] as TorchRL gives it for several, as [frames]."""
+    return (chunk.transpose(0, 1) if chunk.ndim == 2 else chunk).reshape(-1)
 
 
 @cache
@@ -153,14 +181,14 @@ class RecentExperience:
 
     def add(self, chunk: TensorDictBase) -> int:
         """Account for a chunk [frames]; returns the number of episodes that ended in it."""
-        following = chunk["next"]
-        done = following["done"].view(-1)
-        self.frames += chunk.numel()
-        self.at_bounds += (chunk["action"].abs() > 0.999).float().mean(-1).sum().item()
+        following, action = chunk["next"], chunk["action"].numpy()
+        done = following["done"].view(-1).numpy()
+        self.frames += len(action)
+        self.at_bounds += int(np.count_nonzero(np.abs(action) > 0.999)) / action.shape[-1]
         if not done.any():
             return 0
-        self.returns += following["episode_reward"].view(-1)[done].tolist()
-        self.lengths += following["step_count"].view(-1)[done].tolist()
+        self.returns += following["episode_reward"].view(-1).numpy()[done].tolist()
+        self.lengths += following["step_count"].view(-1).numpy()[done].tolist()
         return int(done.sum())
 
     @classmethod

@@ -150,14 +150,18 @@ class CompiledUpdate:
     ) -> None:
         self.loss, self.follow, self.clip = loss, follow, clip
         self.adams = {term: CompiledAdam(optimizer) for term, optimizer in optimizers.items()}
-        self._compiled = compiled(self._update)
+        self._compiled, self._made = compiled(self._update), False
 
     def __call__(self, minibatch: TensorDictBase) -> dict[str, Tensor]:
         """One update on a replay batch [B]; returns losses and metrics under the names they are logged by."""
         for adam in self.adams.values():
             adam.prepare()
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
+        if self._made:
             out = self._compiled(minibatch)
+        else:
+            with torch._dynamo.config.patch(trace_autograd_ops=True):  # while it is made
+                out = self._compiled(minibatch)
+            self._made = True
         for adam in self.adams.values():
             adam.done += 1
         return out

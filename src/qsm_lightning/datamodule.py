@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
 from tensordict import TensorDict, TensorDictBase
@@ -28,9 +29,11 @@ from qsm_lightning.envs import make_env
 from qsm_lightning.errors import EnvironmentFault, Interrupted, TrainingFault, require, require_positive
 from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import OffPolicyLoss
+from qsm_lightning.losses.base import non_finite
 from qsm_lightning.plain import generators_state, load_generators_state
 from qsm_lightning.policy import Policy
-from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, Storage, make_replay_buffer
+from qsm_lightning.precision import full_precision_on
+from qsm_lightning.replay import Chunk, ReplayArchive, Storage, make_replay_buffer
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
 from qsm_lightning.stopping import Stopping
 from qsm_lightning.watch import Watch
@@ -40,6 +43,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WITH_WORKERS = "it is with the workers of data.collector"
+FRAMES_PER_BATCH = 10  # of a training batch, where rounds have fewer: Lightning's work for one is then a few per cent
 SELECTORS = ("sample", "best_of_n")
 
 
@@ -68,8 +72,10 @@ class SizedStream:
 class OffPolicyDataModule(LightningDataModule):
     """Environment, collector, replay buffer and evaluation episodes.
 
-    Each training batch is a TensorDict [u, batch_size]: the u updates that a chunk of new frames is worth. Frames are
-    the clock: an epoch is one evaluation period, and training stops at the first chunk that reaches ``total_frames``.
+    It goes in rounds: a chunk of new frames, and then the updates that these are worth, a list of minibatches
+    [batch_size]. A training batch is an iterator over a few rounds, as Lightning's work for a batch costs as much as a
+    frame. Frames are the clock: an epoch is one evaluation period, and training stops at the first round that reaches
+    ``total_frames``.
 
     With several processes (ranks) each has environments, random streams and a buffer of its own. Frames, updates and
     sizes count over all of them, so that a configuration means the same on any number; ``num_envs`` and
@@ -79,8 +85,8 @@ class OffPolicyDataModule(LightningDataModule):
     Args:
         env: a gymnasium id (Hopper-v5), dmc:domain/task, or envpool:id.
         num_envs: copies of the environment on each rank, stepped together; with workers, in each of them.
-        frames_per_batch: frames that each rank collects between rounds of updates, a multiple of its environments; one
-            of each by default.
+        frames_per_batch: frames that each rank collects in a round, a multiple of its environments; one of each by
+            default.
         total_frames: frames to train for.
         init_random_frames: frames of uniform random actions before the first update, at least batch_size.
         batch_size: frames per gradient update, over all ranks: each samples an equal part.
@@ -104,6 +110,9 @@ class OffPolicyDataModule(LightningDataModule):
         collector_workers: workers of each rank, unless local.
         collector_max_staleness: gradient updates that weights may be old when the frames they made arrive. From the
             updates of one chunk, the default, workers collect while the learner updates; below they take turns.
+        rounds_per_batch: most rounds in a training batch, after which Lightning calls the callbacks; by default as many
+            as have 10 frames on a rank. The run is the same whatever it is. Batches also end where an evaluation or a
+            row of metrics is due.
 
     Raises:
         SettingError: for a value out of range or an environment that cannot be used.
@@ -133,6 +142,7 @@ class OffPolicyDataModule(LightningDataModule):
         collector: Literal["local", "processes", "ray"] = "local",
         collector_workers: int = 2,
         collector_max_staleness: int | None = None,
+        rounds_per_batch: int | None = None,
     ) -> None:
         super().__init__()
         settings = {
@@ -147,6 +157,7 @@ class OffPolicyDataModule(LightningDataModule):
             "env_timeout": env_timeout,
             "rank_timeout": rank_timeout,
             "collector_workers": collector_workers,
+            "rounds_per_batch": 1 if rounds_per_batch is None else rounds_per_batch,
         }
         require_positive(**{f"data__{name}": value for name, value in settings.items()})
         envs, envs_named = num_envs, f"data.num_envs ({num_envs})"
@@ -206,6 +217,8 @@ class OffPolicyDataModule(LightningDataModule):
         self.collector_kind = collector
         self.collector_workers = collector_workers
         self.collector_max_staleness = collector_max_staleness
+        self._rounds_per_batch = rounds_per_batch or max(1, FRAMES_PER_BATCH // self.frames_per_batch)
+        self._ends: set[int] = set()
         self._make_env = partial(make_env, env, processes=env_processes, timeout=env_timeout)
         self.env = self._make_env(num_envs)
         self.observation_dim = self.env.observation_spec["observation"].shape[-1]
@@ -220,7 +233,7 @@ class OffPolicyDataModule(LightningDataModule):
         self._workers: Workers | None = None
         self.started = False  # from then on there is a state to save
         self._chunks: Iterator[TensorDictBase] | None = None
-        self._owed: TensorDictBase | None = None
+        self._owed: list[TensorDictBase] | None = None
         self._archive: ReplayArchive | None = None
         self._env_broken = False
         self._env_new = False
@@ -335,20 +348,18 @@ class OffPolicyDataModule(LightningDataModule):
         return folder
 
     def train_dataloader(self) -> SizedStream:
-        """Batches of updates; its length is what is left until the next evaluation."""
-        left = -self.batches % self._period
-        return SizedStream(left + 1 if self._owed is not None else left or self._period, self.next_batch)
+        """Training batches; their number is what is left until the next evaluation, or to the end."""
+        done, owed = self.rounds, self._owed is not None
+        left = -done % self._period
+        if left == 0 and not owed:
+            left = self._period
+        last = min(done + left, max(done, math.ceil(self.total_frames / self._round)))
+        to_come = np.arange(done + (not owed), last + 1)
+        return SizedStream(int(np.count_nonzero(self._end_batch(to_come))), self.next_batch)
 
     def val_dataloader(self) -> SizedStream:
         """One batch: the evaluated episodes of each selector."""
         return SizedStream(1, self.evaluate)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if not isinstance(batch, TensorDictBase):
-            return batch
-        if not batch.batch_size:  # what Lightning's conversion to float64 leaves of [u, batch_size]
-            batch.batch_size = [len(batch["action"]) if "action" in batch else 0, self._rank_batch]
-        return batch.to(device)
 
     # Data flow.
 
@@ -362,55 +373,86 @@ class OffPolicyDataModule(LightningDataModule):
         return self.trainer.lightning_module
 
     @property
-    def batches(self) -> int:
-        """Batches collected so far."""
-        return self.progress.frames // (self.frames_per_batch * self.ranks.count)
+    def _round(self) -> int:
+        """Frames of a round, over all ranks."""
+        return self.frames_per_batch * self.ranks.count
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of collecting and updating so far."""
+        return self.progress.frames // self._round
 
     @property
     def _period(self) -> int:
-        """Batches of an evaluation period."""
-        return math.ceil(self.eval_every_frames / (self.frames_per_batch * self.ranks.count))
+        """Rounds of an evaluation period."""
+        return math.ceil(self.eval_every_frames / self._round)
+
+    def end_batches_every(self, frames: int) -> None:
+        """Have a training batch end with the round that reaches any multiple of ``frames``: a callback looks then."""
+        self._ends.add(frames)
+
+    def _end_batch(self, rounds: T) -> T:
+        """Whether a training batch ends with the n-th round of the run; ``rounds`` is n, or an array of them."""
+        frames: Any = rounds * self._round  # type: ignore[operator]
+        ends = frames // self._round % self._period % self._rounds_per_batch == 0
+        for every in self._ends:
+            ends = ends | (frames % every < self._round)
+        return ends | (frames >= self.total_frames)
 
     @property
     def evaluation_owed(self) -> bool:
         """Whether an evaluation belongs at the present frame and has not been done."""
-        period = self._period * self.frames_per_batch * self.ranks.count
-        due = self.batches % self._period == 0 and self.progress.evaluated // period < self.progress.frames // period
+        period = self._period * self._round
+        due = self.rounds % self._period == 0 and self.progress.evaluated // period < self.progress.frames // period
         ends = self.progress.frames >= self.total_frames
         return (due or ends) and self.progress.evaluated < self.progress.frames
 
     @property
     def epochs(self) -> int:
         """Evaluation periods that are over, the evaluation at their end included."""
-        done, further = divmod(self.batches, self._period)
+        done, further = divmod(self.rounds, self._period)
         return done - (further == 0 and self.evaluation_owed)
 
-    def next_batch(self) -> TensorDictBase:
-        """Collect a chunk, store it, and sample the updates it is worth: [u, batch_size], u = 0 in the warm-up."""
+    def next_batch(self) -> Iterator[list[TensorDictBase]]:
+        """The rounds of a training batch, each made when it is asked for, after the updates of the one before."""
         assert self.trainer is not None
-        self.check_stop()
-        if self._owed is None:
-            batch = self._collect()
-        else:
-            batch, self._owed = self._owed, None
-        if self.progress.frames >= self.total_frames:
-            self.trainer.should_stop = True
-        return batch
+        device = self.trainer.strategy.root_device
+        while True:
+            self.check_stop()
+            with full_precision_on(device.type):
+                updates = self.next_round()
+            if self.progress.frames >= self.total_frames:
+                self.trainer.should_stop = True
+            yield [self._on_device(minibatch, device) for minibatch in updates]
+            if self._end_batch(self.rounds):
+                return
 
-    def _collect(self) -> TensorDictBase:
+    def next_round(self) -> list[TensorDictBase]:
+        """Collect a chunk, store it, and sample the updates it is worth: each [batch_size], none in the warm-up."""
+        if self._owed is None:
+            return self._collect()
+        updates, self._owed = self._owed, None
+        return updates
+
+    def _on_device(self, minibatch: TensorDictBase, device: torch.device) -> TensorDictBase:
+        """Where and in what precision the networks are."""
+        assert self.trainer is not None
+        minibatch = self.trainer.precision_plugin.convert_input(minibatch)
+        if not minibatch.batch_size:
+            minibatch.batch_size = [self._rank_batch]  # Lightning's conversion to float64 drops it
+        return minibatch if device.type == "cpu" else minibatch.to(device)
+
+    def _collect(self) -> list[TensorDictBase]:
         chunk = self.stopping.together(lambda: self.surviving(self._next_chunk, self._rebuild_env))
         self._env_broken = False
         if self._workers is not None:
             self.recent.staleness.append(self._workers.staleness)
-        chunk = (chunk.transpose(0, 1) if chunk.ndim == 2 else chunk).reshape(-1)  # in the order of time
         self.progress.frames += chunk.numel() * self.ranks.count
         self.progress.episodes += self.recent.add(chunk)
-        self.buffer.extend(chunk.select(*FRAME_KEYS))
-        updates, mine = self.progress.updates_owed(self.utd, self.init_random_frames), self._rank_batch
+        self.buffer.extend(chunk)
+        updates = self.progress.updates_owed(self.utd, self.init_random_frames)
         self.progress.updates += updates
-        if updates == 0:
-            return TensorDict(batch_size=[0, mine])
-        return self.buffer.sample(updates * mine).reshape(updates, mine)
+        return [self.buffer.sample(self._rank_batch) for _ in range(updates)]
 
     @property
     def _rank_batch(self) -> int:
@@ -453,11 +495,11 @@ class OffPolicyDataModule(LightningDataModule):
         self.progress.evaluated = self.progress.frames
         return {s: {k: torch.cat([part[s][k] for part in parts]) for k in parts[0][s]} for s in self.eval_selectors}
 
-    def check_stop(self, rest: Callable[[], TensorDictBase] | None = None) -> None:
+    def check_stop(self, rest: Callable[[], list[TensorDictBase]] | None = None) -> None:
         """Where training may be left at once and gone on with later, raise :class:`Interrupted` if all ranks stop.
 
         Args:
-            rest: gives the updates of the batch under way that are still to do, [u, this rank's part of batch_size].
+            rest: gives the updates of the round under way that are still to do.
         """
         try:
             self.stopping.check()
@@ -491,7 +533,9 @@ class OffPolicyDataModule(LightningDataModule):
                 )
                 mend()
             except TrainingFault as fault:
-                raise TrainingFault(f"{fault}, after frame {self.progress.frames}") from fault
+                found = non_finite(self._module.metrics)  # a policy that went wrong did so in an update
+                why = f"training diverged: {found}" if found else str(fault)
+                raise TrainingFault(f"{why}, after frame {self.progress.frames}") from fault
 
     def _rebuild_env(self) -> None:
         self._close_envs()
@@ -552,7 +596,7 @@ class OffPolicyDataModule(LightningDataModule):
             "capacity": self.buffer.storage.max_size,
             "carrier": self.collector._carrier.clone().to_dict() if envs is not None else None,
             "envs": envs,
-            "owed": None if self._owed is None else (self._owed.clone().to_dict(), len(self._owed)),
+            "owed": None if self._owed is None else (_stacked(self._owed), len(self._owed)),
         }
 
     def _env_states(self) -> list[Any]:
@@ -576,9 +620,9 @@ class OffPolicyDataModule(LightningDataModule):
             self.buffer._rng.set_state(mine["sampler"])
         if mine["owed"] is not None:
             updates, count = mine["owed"]
-            self._owed = TensorDict(updates, [count, self._rank_batch])
-        elif self.evaluation_owed:  # stopped between a batch and the evaluation after it: an empty batch leads there
-            self._owed = TensorDict(batch_size=[0, self._rank_batch])
+            self._owed = [minibatch.clone() for minibatch in TensorDict(updates, [count, self._rank_batch])]
+        elif self.evaluation_owed:  # stopped between a batch and the evaluation after it: an empty round leads there
+            self._owed = []
         self._generators = mine["generators"]
 
     def _adopted(self, saved: list[dict[str, Any]]) -> dict[str, Any]:
@@ -662,6 +706,11 @@ class OffPolicyDataModule(LightningDataModule):
         _close(self._eval_env)
         if self._mapped is not None:
             shutil.rmtree(self._mapped, ignore_errors=True)
+
+
+def _stacked(updates: list[TensorDictBase]) -> dict[str, Any]:
+    """Minibatches as plain data [updates, batch_size]."""
+    return TensorDict.stack(updates).to_dict() if updates else {}
 
 
 def _close(env: EnvBase | None) -> None:

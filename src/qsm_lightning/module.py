@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -120,19 +120,20 @@ class OffPolicyModule(LightningModule):
         self.gradient_clip_val = value
         self.gradient_clip_algorithm = None if value is None else algorithm or "norm"
 
-    def training_step(self, batch: TensorDictBase, batch_idx: int) -> None:
-        """As many updates as ``batch`` [u, B] has rows; the last one's losses and metrics are kept, detached."""
+    def training_step(self, batch: Iterable[list[TensorDictBase]], batch_idx: int) -> None:
+        """An update for every minibatch [B] of every round; the last one's losses and metrics are kept, detached."""
         optimizers, schedulers = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         data = datamodule_of(self.trainer)
-        for i, minibatch in enumerate(batch.unbind(0)):
-            data.check_stop(rest=partial(batch.__getitem__, slice(i, None)))
-            compiled = self._compiled is not None and self._update_compiled(minibatch, optimizers)
-            if not compiled:
-                self._update(minibatch, optimizers)
-            if compiled is not self._last_compiled:
-                self._note(compiled)
-            for scheduler in schedulers:
-                scheduler.step()
+        for updates in batch:
+            for i, minibatch in enumerate(updates):
+                data.check_stop(rest=partial(updates.__getitem__, slice(i, None)))
+                compiled = self._compiled is not None and self._update_compiled(minibatch, optimizers)
+                if not compiled:
+                    self._update(minibatch, optimizers)
+                if compiled is not self._last_compiled:
+                    self._note(compiled)
+                for scheduler in schedulers:
+                    scheduler.step()
 
     def _update(self, minibatch: TensorDictBase, optimizers: list[Any]) -> None:
         skipped = False
@@ -300,7 +301,7 @@ class OffPolicyModule(LightningModule):
         checkpoint["metrics"] = data.ranks.gather(self.metrics)
         checkpoint["skipped_steps"] = self.skipped_steps
         checkpoint["compiled"] = self._last_compiled
-        put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.batches)
+        put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.rounds)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         metrics = checkpoint["metrics"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -31,6 +32,11 @@ def check_precision(precision: str | int | None, accelerator: Any) -> None:
     )
 
 
+def full_precision_on(device: str) -> AbstractContextManager[None]:
+    """Within it, nothing is computed on a type of device (cpu, cuda) in lower precision than its tensors'."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def full_precision(method: Method) -> Method:
     """Compute a method in the precision of its tensors, also where autocast would lower it.
 
@@ -40,9 +46,7 @@ def full_precision(method: Method) -> Method:
 
     @wraps(method)
     def full(self: Any, first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled(first.device.type):
-            return method(self, first, *args, **kwargs)
-        with torch.autocast(first.device.type, enabled=False):
+        with full_precision_on(first.device.type):
             return method(self, first, *args, **kwargs)
 
     return cast(Method, full)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 from qsm_lightning import durable
@@ -33,7 +34,43 @@ def frame_bytes(observation_dim: int, action_dim: int) -> int:
     return 4 * (2 * observation_dim + action_dim + 1) + 2
 
 
-def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> ReplayBuffer:
+class FrameBuffer(ReplayBuffer):
+    """TorchRL's ring of frames, sampled uniformly: the same content and samples, by a fraction of the Python.
+
+    It takes no transforms and no prefetching.
+    """
+
+    def extend(self, data: TensorDictBase, **kwargs: Any) -> None:
+        """Add frames [n], of which :data:`FRAME_KEYS` are kept, after the last ones, over the oldest when full."""
+        storage, writer, n = self._storage, self._writer, len(data)
+        first = writer._cursor
+        if not storage.initialized or first + n > storage.max_size:
+            super().extend(data.select(*FRAME_KEYS), **kwargs)
+            return
+        for mine, new in zip(self._leaves, _leaves(data), strict=True):
+            mine[first : first + n] = new
+        writer._cursor = (first + n) % storage.max_size
+        writer._write_count += n
+        storage._get_new_len(data, slice(first, first + n))
+
+    def sample(self, batch_size: int) -> TensorDict:
+        """Frames [batch_size], drawn with replacement."""
+        index = torch.randint(0, len(self._storage), (batch_size,), generator=self._rng)
+        drawn = dict(zip(FRAME_KEYS, (leaf.index_select(0, index) for leaf in self._leaves), strict=True))
+        following = {key[1]: drawn.pop(key) for key in FRAME_KEYS if isinstance(key, tuple)}
+        return TensorDict({**drawn, "next": TensorDict(following, [batch_size])}, [batch_size])
+
+    @property
+    def _leaves(self) -> list[Tensor]:
+        return _leaves(self._storage._storage)
+
+
+def _leaves(frames: TensorDictBase) -> list[Tensor]:
+    following = frames["next"]
+    return [following[key[1]] if isinstance(key, tuple) else frames[key] for key in FRAME_KEYS]
+
+
+def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> FrameBuffer:
     """A ring of ``size`` frames sampled uniformly, by a generator of its own.
 
     Args:
@@ -42,7 +79,7 @@ def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> R
         seed: seed of the sampler.
     """
     frames = LazyTensorStorage(size) if folder is None else LazyMemmapStorage(size, scratch_dir=folder)
-    buffer = ReplayBuffer(storage=frames)
+    buffer = FrameBuffer(storage=frames)
     buffer.set_rng(torch.Generator().manual_seed(seed))
     return buffer
 

@@ -17,7 +17,7 @@ from qsm_lightning.runs import CHECKPOINTS, CONFIG
 
 # What may change when a run goes on: how long, where frames come from and are kept, how it is evaluated and watched.
 FREE = {
-    *("total_frames", "storage", "storage_dir", "save_buffer"),
+    *("total_frames", "storage", "storage_dir", "save_buffer", "rounds_per_batch"),
     *("eval_every_frames", "eval_episodes", "eval_selector", "eval_candidates"),
     *("env_processes", "env_timeout", "env_restarts", "rank_timeout"),
     *("collector", "collector_workers", "collector_max_staleness"),

@@ -30,6 +30,7 @@ from torch import nn
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.envs import EnvBase
 
+from qsm_lightning.collect import in_order_of_time
 from qsm_lightning.env_faults import Guarded, belong_to_parent
 from qsm_lightning.errors import EnvironmentFault, SettingError, TrainingFault, require
 from qsm_lightning.watch import beat
@@ -118,14 +119,14 @@ class Workers:
         return self
 
     def __next__(self) -> TensorDictBase:
-        """The next chunk [environments of all workers, time]."""
+        """The next chunk [frames], in order of time."""
         if self._pending is None:
             self._request()
         chunk = self._result(self._timeout)
         self.staleness = self._updates() - (self._version or 0)
         if self._ahead:
             self._request()
-        return chunk.flatten(0, 1) if chunk.ndim == 3 else chunk
+        return in_order_of_time(chunk.flatten(0, 1) if chunk.ndim == 3 else chunk)
 
     def _request(self) -> None:
         """Have the next chunk collected, with new weights if the old ones would be too old when it arrives."""

@@ -15,6 +15,13 @@ from torchrl.objectives import LossModule
 Metrics = dict[str, Tensor]
 
 
+def non_finite(metrics: Metrics) -> str | None:
+    """Which of an update's losses and metrics is NaN or infinite, in words; None when none is."""
+    if not metrics or torch.stack(list(metrics.values())).isfinite().all():
+        return None
+    return next(f"{name} is {value.item()}" for name, value in metrics.items() if not value.isfinite())
+
+
 class OffPolicyLoss(LossModule):
     """Base of the algorithms in this folder.
 
