@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,15 @@ def replay_batch(size: int = 32, observation_dim: int = 3, action_dim: int = 2, 
         },
         [size],
     )
+
+
+def twin_values(params: Any, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    """The values [2, B] of TorchRL's stacked critics, layer by layer."""
+    weights, x = params.flatten_keys("."), torch.cat([observation, action], -1).expand(2, -1, -1)
+    for i in range(3):
+        weight, bias = (weights[f"module.mlp.layers.{i}.{name}"] for name in ("weight", "bias"))
+        x = torch.baddbmm(bias[:, None], x if i == 0 else x.relu(), weight.transpose(1, 2))
+    return x.squeeze(-1)
 
 
 def environment() -> dict[str, str]:

@@ -293,6 +293,17 @@ def test_the_shipped_pendulum_run_learns(precision: str, command: Command) -> No
     assert final > -250
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("loss", ["sac", "td3", "diffusion_ql", "sdac"])
+def test_every_algorithm_learns_pendulum(loss: str, command: Command) -> None:
+    """With the settings of the shipped Pendulum run."""
+    settings = ["--config", "pendulum", "--config", f"algo/{loss}", "--data.eval_selector=sample"]
+    result = command("qsm-fit", *settings, timeout=1800)
+    assert result.returncode == 0, result.stderr
+    assert float(re.search(r"best return: (-?[\d.]+)", result.stdout)[1]) > -300  # type: ignore[index]
+
+
 def test_an_evaluation_video_is_switched_on_from_the_command_line(command: Command, tmp_path: Path) -> None:
     video = "--trainer.callbacks+=qsm_lightning.callbacks.EvaluationVideo"
     result = command("qsm-fit", *TINY, "--data.eval_every_frames=30", video, "--trainer.callbacks.max_frames=20")

@@ -19,7 +19,7 @@ from qsm_lightning import compiled
 from qsm_lightning.compiled import WORTHWHILE_UPDATES, compile_acting
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
-from qsm_lightning.losses import QSM
+from qsm_lightning.losses import QSM, SDAC, DiffusionLoss, DiffusionQL
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.module import OffPolicyModule
 from tests.compare import state
@@ -39,7 +39,7 @@ class LastMetrics(Callback):
 def run(
     folder: Path,
     compile: bool | str,
-    loss: type[QSM] = QSM,
+    loss: type[DiffusionLoss] = QSM,
     updates: int = 40,
     precision: Any = "32-true",
     **settings: Any,
@@ -66,8 +66,10 @@ def run(
         {"updates": 1, "value": None},
         {"precision": "64-true", "value": 0.5},
         {"precision": "64-true", "value": 0.02, "algorithm": "value"},
+        {"precision": "64-true", "value": None, "loss": DiffusionQL},
+        {"precision": "64-true", "value": None, "loss": SDAC},
     ],
-    ids=["one update in float32", "clipped by norm", "clipped by value"],
+    ids=["one update in float32", "clipped by norm", "clipped by value", "Diffusion-QL", "SDAC"],
 )
 def test_compiled_training_equals_plain_training(settings: dict[str, Any], tmp_path: Path) -> None:
     """To 1e-5: noise, targets, averages, clipping, both optimizers' states, and what is logged.

@@ -10,7 +10,7 @@ import yaml
 
 from qsm_lightning.cli import fit
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.losses import QSM
+from qsm_lightning.losses import ALGORITHMS, QSM
 from qsm_lightning.messages import loss_settings
 from tests.compare import last
 from tests.helpers import CONFIGS, ROOT, SHRINK, has
@@ -22,7 +22,18 @@ DMC += ["walker_walk", "walker_run", "quadruped_walk", "humanoid_walk"]
 
 
 def test_all_promised_configurations_are_there() -> None:
-    assert GYM | {f"dmc/{name}" for name in DMC} <= set(NAMES)
+    assert GYM | {f"dmc/{name}" for name in DMC} | {f"algo/{name}" for name in {*ALGORITHMS} - {"qsm"}} == set(NAMES)
+
+
+@pytest.mark.parametrize("loss", ["sac", "td3", "diffusion_ql"])
+def test_an_algorithm_is_chosen_by_its_name(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On any task; what is given for all of them is kept."""
+    monkeypatch.chdir(tmp_path)
+    fit(["--config", "pendulum", "--model.loss", loss, *SHRINK, "--model.loss.gamma=0.9"])
+    config = yaml.safe_load(next(tmp_path.glob("runs/*/version_0/config.yaml")).read_text())
+    chosen = config["model"]["loss"]
+    assert chosen["class_path"] == f"qsm_lightning.losses.{ALGORITHMS[loss].__name__}"
+    assert (chosen["init_args"]["hidden"], chosen["init_args"]["gamma"]) == ([16, 16], 0.9)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,7 +51,11 @@ def test_a_configuration_trains(
     last(run)
     config = yaml.safe_load((run / "config.yaml").read_text())
     expected = 120.0 if name in ("dmc/quadruped_walk", "dmc/humanoid_walk") else 1.0 if name == "pendulum" else 50.0
-    assert config["model"]["loss"]["init_args"]["m_q"] == expected
+    loss = config["model"]["loss"]
+    if name.startswith("algo/"):
+        assert loss["class_path"] == f"qsm_lightning.losses.{ALGORITHMS[name.removeprefix('algo/')].__name__}"
+    else:
+        assert loss["init_args"]["m_q"] == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,10 +64,10 @@ def test_a_configuration_only_says_what_differs(name: str) -> None:
     assert set(content) <= {"data", "model"}
     data = {k: p.default for k, p in inspect.signature(OffPolicyDataModule).parameters.items()}
     for defaults, given in (
-        ({**data, "env": None}, content["data"]),
-        (loss_settings(QSM), content.get("model", {}).get("loss", {})),
+        ({**data, "env": None}, content.get("data", {})),
+        ({**loss_settings(QSM), "class_path": "qsm_lightning.losses.QSM"}, content.get("model", {}).get("loss", {})),
     ):
         for key, value in given.items():
             assert value != defaults[key], f"{key} repeats the default"
-    assert "env" in content["data"]
-    assert content["data"]["env"].startswith("dmc:") == name.startswith("dmc/")
+    if not name.startswith("algo/"):
+        assert content["data"]["env"].startswith("dmc:") == name.startswith("dmc/")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.losses import QSM
 from qsm_lightning.module import OffPolicyModule
-from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy, add_action_noise
+from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, add_action_noise
 
 
 def small() -> QSM:
@@ -29,7 +29,7 @@ def test_action_noise_is_scaled_and_clipped() -> None:
 def test_exploration_adds_noise_to_the_same_action() -> None:
     loss, observation = small(), torch.randn(20_000, 3)
     torch.manual_seed(1)
-    plain = Policy(loss.sampler).act(observation)
+    plain = DiffusionPolicy(loss.sampler).act(observation)
     torch.manual_seed(1)
     explored = ExplorationPolicy(loss.sampler, 0.1).act(observation)
     inside = (plain.abs() < 0.5).all(1)
@@ -57,7 +57,7 @@ def test_best_of_n_takes_the_candidate_the_smaller_critic_prefers() -> None:
     torch.manual_seed(3)
     chosen = BestOfNPolicy(loss.sampler, Peak(), 64).act(observation)
     torch.manual_seed(3)
-    candidates = Policy(loss.sampler).act(observation.repeat_interleave(64, 0)).view(50, 64, 2)
+    candidates = DiffusionPolicy(loss.sampler).act(observation.repeat_interleave(64, 0)).view(50, 64, 2)
     values = torch.minimum(-(candidates[..., 0] - 0.5).abs(), 10 * candidates[..., 1])
     expected = torch.stack([row[value.argmax()] for row, value in zip(candidates, values, strict=True)])
     torch.testing.assert_close(chosen, expected)

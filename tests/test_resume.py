@@ -36,6 +36,10 @@ EXACT = {
     "bfloat16": (["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.5"], [45]),
     "compiled": (["--model.compile=true", "--trainer.gradient_clip_val=0.5"], [45]),
     "averaged and clipped": (["--model.ema=0.9", "--trainer.gradient_clip_val=0.5"], [45, 60]),
+    "SAC": (["--model.loss=sac"], [15, 45]),
+    "TD3 between two steps of its policy": (["--model.loss=td3"], [45]),
+    "Diffusion-QL": (["--model.loss=diffusion_ql"], [45]),
+    "SDAC": (["--model.loss=sdac"], [45]),
     "an environment's own state": (["--data.env=tests.fake_envs:Wanderer-v0", "--data.frames_per_batch=3"], [18, 48]),
 }
 

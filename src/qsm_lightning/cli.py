@@ -29,7 +29,7 @@ from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, require
 from qsm_lightning.loggers import run_loggers
-from qsm_lightning.losses import QSM, QSMLoss
+from qsm_lightning.losses import ALGORITHMS, QSM
 from qsm_lightning.messages import ParserErrors, loss_settings, one_line, shipped_config
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.precision import check_precision
@@ -57,7 +57,7 @@ class HelpFormatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 def loss_help() -> str:
     """A line for each setting of QSM: its option, default and meaning."""
     meanings: dict[str, str | None] = {}
-    for cls in (QSMLoss, QSM):
+    for cls in reversed(QSM.__mro__):
         meanings |= {p.arg_name: p.description for p in docstring_parser.parse(cls.__doc__ or "").params}
     lines = []
     for name, default in loss_settings(QSM).items():
@@ -213,7 +213,7 @@ def fit(args: list[str] | None = None) -> None:
 def _build(args: list[str] | None) -> FitCLI:
     """Parse and instantiate everything; whatever is wrong with the settings ends in a :class:`SettingError`."""
     try:
-        args, run, trusted = _resumed(sys.argv[1:] if args is None else args)
+        args, run, trusted = _resumed(_with_class_of_loss(sys.argv[1:] if args is None else args))
         cli = _cli(args, run)
     except SettingError:
         raise
@@ -221,6 +221,20 @@ def _build(args: list[str] | None) -> FitCLI:
         raise SettingError(one_line(error)) from error
     cli.trusted = trusted
     return cli
+
+
+def _with_class_of_loss(args: list[str]) -> list[str]:
+    """The arguments with ``--model.loss sac`` as a class path."""
+    named = {name: f"qsm_lightning.losses.{cls.__name__}" for name, cls in ALGORITHMS.items()}
+    found: list[str] = []
+    for arg in args:
+        option, _, name = arg.partition("=")
+        if option == "--model.loss" and name in named:
+            arg = f"{option}={named[name]}"
+        elif found and found[-1] == "--model.loss":
+            arg = named.get(arg, arg)
+        found.append(arg)
+    return found
 
 
 def _resumed(args: list[str]) -> tuple[list[str], Path | None, bool]:

@@ -487,13 +487,19 @@ class OffPolicyDataModule(LightningDataModule):
         def selectors() -> dict[str, dict[str, torch.Tensor]]:
             assert self.trainer is not None
             with self._module.averaged_weights():
-                return {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self.eval_selectors}
+                return {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self._selectors}
 
         evaluated = self.stopping.together(selectors)
         self.check_stop()
         parts = self.ranks.gather(evaluated)
         self.progress.evaluated = self.progress.frames
-        return {s: {k: torch.cat([part[s][k] for part in parts]) for k in parts[0][s]} for s in self.eval_selectors}
+        return {s: {k: torch.cat([part[s][k] for part in parts]) for k in parts[0][s]} for s in parts[0]}
+
+    @property
+    def _selectors(self) -> list[str]:
+        """Those wanted that the loss has; the loss refuses a single one that it has not."""
+        wanted = self.eval_selectors
+        return [s for s in wanted if s in self._loss.selectors] if len(wanted) > 1 else list(wanted)
 
     def check_stop(self, rest: Callable[[], list[TensorDictBase]] | None = None) -> None:
         """Where training may be left at once and gone on with later, raise :class:`Interrupted` if all ranks stop.

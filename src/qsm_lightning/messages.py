@@ -60,7 +60,7 @@ def sentence(message: str, known: list[str]) -> str:
         group = re.search(r"Group '([^']+)'", text)
         return _unknown(".".join(filter(None, [group[1] if group else key, option[1]])), known)
     if key == "model.loss" and ("import path" in text or "expects a function" in text):
-        return f"model.loss: there is no such loss; choose one of {losses.__name__}, such as QSM"
+        return f"model.loss: there is no such loss; choose {', '.join(losses.ALGORITHMS)} or a class, such as QSM"
     return _expected(key, one_line(text)) if key else one_line(text)
 
 
@@ -106,5 +106,6 @@ class ParserErrors:
         if not self.exit_on_error:
             super().error(message, ex)  # type: ignore[misc]
         known = [action.dest for action in self._actions if action.dest not in ("help", "config")]
-        known += [f"model.loss.{name}" for name in loss_settings(losses.QSM)]
+        settings = {name for cls in losses.ALGORITHMS.values() for name in loss_settings(cls)}
+        known += [f"model.loss.{name}" for name in sorted(settings)]
         raise SettingError(sentence(message, known)) from ex

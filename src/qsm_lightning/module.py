@@ -91,6 +91,7 @@ class OffPolicyModule(LightningModule):
         if ema is not None:
             self.averages = nn.ModuleList(map(deepcopy, self._averaged)).requires_grad_(False)
         self.metrics: dict[str, Tensor] = {}
+        self.updates = 0  # plain ones
         self.skipped_steps = 0
         self._skipped_in_a_row: Counter[str] = Counter()
         self._loss_scale = 1.0
@@ -137,7 +138,10 @@ class OffPolicyModule(LightningModule):
 
     def _update(self, minibatch: TensorDictBase, optimizers: list[Any]) -> None:
         skipped = False
+        self.updates += 1
         for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
+            if not self._due(term):
+                continue
             loss, metrics = self.loss.term_loss(term, minibatch)
             optimizer.zero_grad()
             backward(self, loss, optimizer)
@@ -148,6 +152,10 @@ class OffPolicyModule(LightningModule):
             self.metrics |= {f"loss/{term}": loss.detach(), **{f"update/{k}": v for k, v in metrics.items()}}
         if not skipped:
             self._follow()
+
+    def _due(self, term: str) -> bool:
+        """Whether a term, or ``targets``, is stepped in the update under way."""
+        return self.updates % self.loss.every.get(term, 1) == 0
 
     def _update_compiled(self, minibatch: TensorDictBase, optimizers: list[Any]) -> bool:
         """The same as one function, if that can be made."""
@@ -176,7 +184,8 @@ class OffPolicyModule(LightningModule):
 
     def _follow(self) -> None:
         """What moves after the optimizers have stepped."""
-        self.loss.update_targets()
+        if self._due("targets"):
+            self.loss.update_targets()
         self._update_averages()
 
     @full_precision
@@ -271,6 +280,8 @@ class OffPolicyModule(LightningModule):
         reason = (
             f"{name} is not compilable, or does not say so"
             if not vars(type(self.loss)).get("compilable", False)
+            else f"{name} does not step all of its terms at every update"
+            if self.loss.every
             else f"{type(self).__name__} has optimizers of its own"
             if type(self).configure_optimizers is not OffPolicyModule.configure_optimizers
             else f"{trainer.world_size} processes average their gradients in the middle of it"
@@ -300,6 +311,7 @@ class OffPolicyModule(LightningModule):
         data = datamodule_of(self.trainer)
         checkpoint["metrics"] = data.ranks.gather(self.metrics)
         checkpoint["skipped_steps"] = self.skipped_steps
+        checkpoint["updates"] = self.updates
         checkpoint["compiled"] = self._last_compiled
         put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.rounds)
 
@@ -308,6 +320,7 @@ class OffPolicyModule(LightningModule):
         of_ranks = metrics if isinstance(metrics, list) else [metrics]  # one process's alone before there were several
         self.metrics = of_ranks[self.trainer.global_rank if len(of_ranks) == self.trainer.world_size else 0]
         self.skipped_steps = checkpoint.get("skipped_steps", 0)  # absent in checkpoints from before there was a scaler
+        self.updates = checkpoint.get("updates", 0)
         self._last_compiled = checkpoint.get("compiled")
         floats = (value for value in checkpoint["state_dict"].values() if value.is_floating_point())
         self.to(next(floats).dtype)  # Lightning converts to float64 only after it has loaded
@@ -345,8 +358,8 @@ class OffPolicyModule(LightningModule):
 
     @property
     def _averaged(self) -> list[nn.Module]:
-        """The modules that act: those of every term but the critics'."""
-        return [module for term in self.loss.terms if term != "qvalue" for module in self.loss.term_modules(term)]
+        """The modules that act."""
+        return self.loss.term_modules("actor")
 
     def _update_averages(self) -> None:
         """average <- ema average + (1 - ema) online."""

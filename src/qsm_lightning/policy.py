@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -28,13 +30,9 @@ class Policy(TensorDictModuleBase):
     in_keys = ["observation"]
     out_keys = ["action"]
 
-    def __init__(self, sampler: Sampler) -> None:
-        super().__init__()
-        self.sampler = sampler
-
+    @abstractmethod
     def act(self, observation: Tensor) -> Tensor:
-        """Observation [N, O] -> action [N, A] in [-1, 1]: one sample of the reverse process."""
-        return self.sampler(observation)
+        """Observation [N, O] -> action [N, A] in [-1, 1]."""
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -51,7 +49,18 @@ class Policy(TensorDictModuleBase):
         return action.to(observation)
 
 
-class ExplorationPolicy(Policy):
+class DiffusionPolicy(Policy):
+    """One sample of the reverse process."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        super().__init__()
+        self.sampler = sampler
+
+    def act(self, observation: Tensor) -> Tensor:
+        return self.sampler(observation)
+
+
+class ExplorationPolicy(DiffusionPolicy):
     """The diffusion policy with Gaussian noise of deviation ``noise_std`` added to its action, as when collecting."""
 
     def __init__(self, sampler: Sampler, noise_std: float = 0.1) -> None:
@@ -63,7 +72,7 @@ class ExplorationPolicy(Policy):
         return add_action_noise(action, torch.randn_like(action), self.noise_std)
 
 
-class BestOfNPolicy(Policy):
+class BestOfNPolicy(DiffusionPolicy):
     """Draws ``n`` actions per observation and takes the one that the smallest critic values most.
 
     Args:

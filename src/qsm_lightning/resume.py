@@ -24,7 +24,12 @@ FREE = {
 }
 
 # What settings are in checkpoints from before there were these settings.
-BEFORE = {"model.ema": None, "trainer.gradient_clip_val": None, "trainer.gradient_clip_algorithm": None}
+BEFORE = {
+    "model.ema": None,
+    "model.loss.bc_coef": 0.0,
+    "trainer.gradient_clip_val": None,
+    "trainer.gradient_clip_algorithm": None,
+}
 
 
 def run_of(path: str) -> tuple[Path, str]:
@@ -112,7 +117,8 @@ def check(checkpoint: Checkpoint, state: dict[str, Any], here: dict[str, Any], t
         here: the settings of this run, from :func:`identity`.
         total_frames: frames to train for.
     """
-    there = BEFORE | dict(identity(state["datamodule_hyper_parameters"], state["hyper_parameters"], state["run"]))
+    before = {name: value for name, value in BEFORE.items() if name in here}
+    there = before | dict(identity(state["datamodule_hyper_parameters"], state["hyper_parameters"], state["run"]))
     differ = [
         f"{name} ({there[name]!r} there, {here[name]!r} here)"
         for name in sorted(there.keys() & here.keys())

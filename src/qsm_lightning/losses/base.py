@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,8 @@ class OffPolicyLoss(LossModule):
     A subclass names its ``terms`` in the order in which they are optimized. For each term x it defines
     ``x_loss(tensordict) -> (loss, detached metrics)`` and lists its modules in ``term_modules(x)``; the trainer makes
     one optimizer per term. Networks, targets and the maths are the loss's own; how often and with what they are
-    stepped is not.
+    stepped is not. ``every`` says of terms, and of ``targets``, at which updates they are stepped where that is not
+    all of them: at every second, say. ``selectors`` are the kinds of :meth:`evaluation_policy` that there are.
 
     A class may say of itself, not for its subclasses, that it is ``compilable``: that ``x_loss`` and
     ``update_targets`` read and change nothing between two updates but the content of tensors. A number that is counted
@@ -45,6 +47,8 @@ class OffPolicyLoss(LossModule):
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     terms: tuple[str, ...] = ()
+    every: Mapping[str, int] = {}
+    selectors: tuple[str, ...] = ("sample", "best_of_n")
     compilable = False
 
     @property

@@ -1,0 +1,120 @@
+r"""Diffusion Q-learning (Wang, Hunt and Zhou, ICLR 2023, arXiv 2208.06193).
+
+The denoiser clones the buffer's actions and, through the sampler, climbs the critics. Networks and sampler are those of
+QSM here; as in the authors' code (github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL), the TD target samples
+from a slowly following copy of the denoiser, and either critic is climbed, by chance, in units of the other's mean
+magnitude.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from qsm_lightning.distributed import batch_mean
+from qsm_lightning.errors import require
+from qsm_lightning.losses.base import Metrics, polyak_update
+from qsm_lightning.losses.diffusion import DiffusionLoss, networks
+from qsm_lightning.networks import eps_given
+from qsm_lightning.precision import full_precision
+from qsm_lightning.sampler import Sampler
+from qsm_lightning.schedule import ScheduleName
+
+
+class DiffusionQL(DiffusionLoss):
+    """A diffusion policy trained through its sampler.
+
+    Args:
+        observation_dim: O, width of the observation; known from the environment.
+        action_dim: A, width of the action; known from the environment.
+        hidden: widths of the hidden layers of denoiser and critics.
+        time_dim: number of Fourier features of the time index, even.
+        schedule: noise schedule: vp, cosine or linear.
+        T: number of denoising steps, at least 1.
+        eta: weight of the critics against behaviour cloning.
+        max_q_backup: sampled next actions of which the TD target takes the best, for each critic; 1 for no choice.
+        **settings: the settings of :class:`DiffusionLoss`.
+
+    Raises:
+        SettingError: for a value outside its range.
+    """
+
+    compilable = True
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden: Sequence[int] = (512, 512),
+        time_dim: int = 64,
+        schedule: ScheduleName = "vp",
+        T: int = 5,
+        eta: float = 1.0,
+        max_q_backup: int = 1,
+        **settings: Any,
+    ) -> None:
+        require(eta >= 0, f"eta is {eta}: it must not be negative")
+        require(max_q_backup >= 1, f"max_q_backup is {max_q_backup}: it must be at least 1")
+        denoiser, critics, noise_schedule = networks(observation_dim, action_dim, hidden, time_dim, schedule, T)
+        super().__init__(denoiser, critics, noise_schedule, **settings)
+        self.eta = eta
+        self.max_q_backup = max_q_backup
+        self.target_denoiser = deepcopy(self.denoiser).requires_grad_(False)
+
+    @property
+    def target_sampler(self) -> Sampler:
+        """The reverse process of the denoiser's slow copy."""
+        return Sampler(self.target_denoiser, self.schedule, self.temperature, self.clip_sampler)
+
+    @full_precision
+    def next_action(self, next_observation: Tensor) -> Tensor:
+        """a' [n B, A]: ``max_q_backup`` samples for each s' [B, O], by the denoiser's slow copy."""
+        return self.target_sampler(next_observation.repeat_interleave(self.max_q_backup, 0))
+
+    @torch.no_grad()
+    @full_precision
+    def td_target(self, reward: Tensor, terminated: Tensor, next_observation: Tensor, next_action: Tensor) -> Tensor:
+        """y = r + gamma (1 - terminated) min_i max_n Qbar_i(s', a'_n), [B]."""
+        values = self.target_critics(next_observation.repeat_interleave(self.max_q_backup, 0), next_action)
+        best = values.view(len(values), -1, self.max_q_backup).max(-1).values  # [2, B]
+        return reward + self.gamma * torch.where(terminated, 0.0, best.min(0).values)
+
+    def cloning(self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """mean (eps_theta(s, a_t, t) - z)^2 for given ``t`` [B] and ``noise`` z [B, A]."""
+        noisy = self.schedule.add_noise(action, t, noise)
+        return (eps_given(self.denoiser, observation, self.schedule.T)(noisy, t) - noise).square().mean()
+
+    @full_precision
+    def climbing(self, observation: Tensor, first: Tensor) -> Tensor:
+        """-mean Q_i(s, a) / mean |Q_j(s, a)| for sampled a, with i the first critic where ``first`` is true.
+
+        Its gradient reaches the denoiser through the sampler, and not the critics.
+        """
+        action = self.sampler(observation)
+
+        def value(action: Tensor) -> Tensor:
+            q = self.critics(observation, action)  # [2, B]
+            own, other = torch.where(first, q, q.flip(0))
+            return own.mean() / batch_mean(other.abs())
+
+        with torch.no_grad():
+            g, q = torch.func.grad_and_value(value)(action.detach())
+        return -(q + (g * (action - action.detach())).sum())
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
+        """Cloning plus eta times climbing on a replay batch [B]."""
+        observation, action = tensordict[self.tensor_keys.observation], tensordict[self.tensor_keys.action]
+        t = torch.randint(self.schedule.T, (len(action),), device=action.device)
+        bc = self.cloning(observation, action, t, torch.randn_like(action))
+        q = self.climbing(observation, torch.rand((), device=action.device) < 0.5)
+        return bc + self.eta * q, {"bc_loss": bc.detach(), "q_loss": q.detach()}
+
+    def update_targets(self) -> None:
+        """Critics and denoiser: target <- (1 - tau) target + tau online."""
+        super().update_targets()
+        polyak_update(self.denoiser, self.target_denoiser, self.tau)

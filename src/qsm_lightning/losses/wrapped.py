@@ -1,0 +1,104 @@
+"""Losses of TorchRL behind this package's contract, with no maths of their own: what SAC and TD3 share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
+from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
+
+from qsm_lightning.errors import SettingError, require
+from qsm_lightning.losses.base import OffPolicyLoss
+from qsm_lightning.losses.diffusion import check_hidden
+from qsm_lightning.networks import MLP
+from qsm_lightning.policy import Policy
+
+
+class ActionValue(nn.Module):
+    """An MLP over concat(s, a), as in :class:`~qsm_lightning.networks.Critics`: [..., O], [..., A] -> [..., 1]."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.mlp = MLP([observation_dim + action_dim, *hidden, 1], F.relu)
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        return self.mlp(torch.cat([observation, action], -1))
+
+
+class WrappedLoss(OffPolicyLoss):
+    """One of TorchRL's actor-critic losses, ``inner``, with twin critics.
+
+    Subclasses build the policy and the loss, and hand the terms on.
+
+    Args:
+        observation_dim: O.
+        action_dim: A.
+        hidden: widths of the hidden layers of policy and critics.
+        gamma: discount, in [0, 1].
+        tau: Polyak rate of the targets, in (0, 1].
+        **settings: TorchRL's.
+
+    Raises:
+        SettingError: for a value outside its range.
+    """
+
+    selectors = ("sample",)
+
+    def __init__(
+        self, observation_dim: int, action_dim: int, hidden: Sequence[int], gamma: float, tau: float, **settings: Any
+    ) -> None:
+        super().__init__()
+        check_hidden(hidden)
+        require(0 <= gamma <= 1, f"gamma is {gamma}: it must be between 0 and 1")
+        require(0 < tau <= 1, f"tau is {tau}: it must be above 0 and at most 1")
+        actor = self.make_actor(observation_dim, action_dim, hidden)
+        self._empty_actor = [deepcopy(actor)]  # in a list: its weights are not this loss's
+        critics = [
+            ValueOperator(ActionValue(observation_dim, action_dim, hidden), ["observation", "action"]) for _ in range(2)
+        ]
+        bounds = Bounded(-1, 1, (action_dim,))
+        self.inner = self.make_inner(actor, critics, loss_function="l2", action_spec=bounds, **settings)
+        self.inner.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
+        self._polyak = SoftUpdate(self.inner, tau=tau)
+
+    @abstractmethod
+    def make_actor(self, observation_dim: int, action_dim: int, hidden: Sequence[int]) -> TensorDictModuleBase:
+        """The policy in the form that TorchRL's loss wants."""
+
+    @abstractmethod
+    def make_inner(self, actor: TensorDictModuleBase, critics: list[ValueOperator], **settings: Any) -> LossModule:
+        """TorchRL's loss."""
+
+    @abstractmethod
+    def policy(self, actor: TensorDictModuleBase, explores: bool) -> Policy:
+        """The policy that acts with ``actor``."""
+
+    def term_modules(self, term: str) -> list[nn.Module]:
+        return [self.inner.qvalue_network_params if term == "qvalue" else self.inner.actor_network_params]
+
+    def update_targets(self) -> None:
+        """target <- (1 - tau) target + tau online."""
+        self._polyak.step()
+
+    def exploration_policy(self) -> Policy:
+        return self.policy(self._actor(), explores=True)
+
+    def evaluation_policy(self, selector: str = "sample", n: int = 32) -> Policy:
+        """The deterministic policy, which is what is usually reported; there is no other ``selector``."""
+        if selector != "sample":
+            raise SettingError(f"data.eval_selector is {selector}: {type(self).__name__} has no such; use sample")
+        return self.policy(self._actor(), explores=False)
+
+    def _actor(self) -> Any:
+        """The policy as a module that holds the parameters under training."""
+        actor = deepcopy(self._empty_actor[0])
+        self.inner.actor_network_params.to_module(actor)
+        return actor
