@@ -25,7 +25,7 @@ def test_all_promised_configurations_are_there() -> None:
     assert GYM | {f"dmc/{name}" for name in DMC} | {f"algo/{name}" for name in {*ALGORITHMS} - {"qsm"}} == set(NAMES)
 
 
-@pytest.mark.parametrize("loss", ["sac", "td3", "diffusion_ql"])
+@pytest.mark.parametrize("loss", sorted({*ALGORITHMS} - {"qsm"}))
 def test_an_algorithm_is_chosen_by_its_name(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On any task; what is given for all of them is kept."""
     monkeypatch.chdir(tmp_path)

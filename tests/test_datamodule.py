@@ -20,7 +20,7 @@ from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.replay import FRAME_KEYS
-from tests.compare import assert_same, rows
+from tests.compare import curves, differences, rows, state
 from tests.helpers import SHRINK
 from tests.processes import trained
 
@@ -64,8 +64,11 @@ def test_a_run_is_the_same_whatever_a_training_batch_has(tmp_path: Path) -> None
     one, three, all_of_them = runs
     found = [float(row["step"]) for row in rows(one) if "train/updates" in row]
     assert found == [*range(7, 130, 7), 130]
-    assert_same(one, three)
-    assert_same(one, all_of_them)
+    for other in (three, all_of_them):
+        different = differences(state(one), state(other))
+        assert all("batch" in path for path in different), different  # how many of Lightning's batches there were
+        assert rows(one) == rows(other)
+        assert curves(one) == curves(other)
 
 
 class Batches(Callback):

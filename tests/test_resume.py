@@ -36,6 +36,8 @@ EXACT = {
     "bfloat16": (["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.5"], [45]),
     "compiled": (["--model.compile=true", "--trainer.gradient_clip_val=0.5"], [45]),
     "averaged and clipped": (["--model.ema=0.9", "--trainer.gradient_clip_val=0.5"], [45, 60]),
+    "M_q adapted": (["--model.loss.m_q=auto"], [45]),
+    "M_q adapted, compiled": (["--model.loss.m_q=auto", "--model.compile=true"], [45]),
     "SAC": (["--model.loss=sac"], [15, 45]),
     "TD3 between two steps of its policy": (["--model.loss=td3"], [45]),
     "Diffusion-QL": (["--model.loss=diffusion_ql"], [45]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -82,6 +83,18 @@ def test_targets_follow_by_polyak() -> None:
         torch.testing.assert_close(value.data, wanted.data)
 
 
+def test_targets_of_a_copy_follow_the_copy() -> None:
+    loss = copy.deepcopy(made())
+    online, target = (
+        next(iter(params.values(True, True))).data
+        for params in (loss.inner.qvalue_network_params, loss.inner.target_qvalue_network_params)
+    )
+    online += 1
+    before = target.clone()
+    loss.update_targets()
+    torch.testing.assert_close(target, before + 0.005 * (online - before))
+
+
 def test_policies_act_with_the_weights_under_training() -> None:
     loss, observation = made(), torch.randn(4000, OBS)
     explores, evaluated = loss.exploration_policy(), loss.evaluation_policy()
@@ -96,8 +109,7 @@ def test_policies_act_with_the_weights_under_training() -> None:
         for p in loss.inner.actor_network_params.values(True, True):
             p.data.zero_()
         assert not evaluated.act(observation).any()
-    with pytest.raises(SettingError, match="best_of_n"):
-        loss.evaluation_policy("best_of_n")
+    assert loss.selectors == ("sample",)
 
 
 @pytest.mark.parametrize("setting", [{"gamma": 2}, {"tau": 0}, {"hidden": ()}, {"alpha_init": 0}], ids=str)

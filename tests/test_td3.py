@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class Moves(Callback):
 
 
 def test_policy_and_targets_are_delayed(tmp_path: Path) -> None:
-    """At every third update here, also after the run was stopped between two of them."""
+    """At every third update here; tests/test_resume.py stops a run between two of them."""
     moves = Moves()
     make = partial(
         OffPolicyDataModule, "Pendulum-v1", 1, 1, init_random_frames=20, batch_size=8, eval_every_frames=30,
@@ -100,6 +101,18 @@ def test_policy_and_targets_are_delayed(tmp_path: Path) -> None:
     quiet_trainer(tmp_path, callbacks=[moves], accelerator="cpu").fit(module, make(total_frames=27))
     assert moves.moved == ["q", "q", "qptu", "q", "q", "qptu", "q"]
     assert module.updates == 7
+
+
+def test_targets_of_a_copy_follow_the_copy() -> None:
+    loss = copy.deepcopy(made())
+    online, target = (
+        next(iter(params.values(True, True))).data
+        for params in (loss.inner.qvalue_network_params, loss.inner.target_qvalue_network_params)
+    )
+    online += 1
+    before = target.clone()
+    loss.update_targets()
+    torch.testing.assert_close(target, before + 0.005 * (online - before))
 
 
 def test_policies_act_with_the_weights_under_training() -> None:
@@ -115,8 +128,7 @@ def test_policies_act_with_the_weights_under_training() -> None:
         for p in loss.inner.actor_network_params.values(True, True):
             p.data.zero_()
         assert not evaluated.act(observation).any()
-    with pytest.raises(SettingError, match="best_of_n"):
-        loss.evaluation_policy("best_of_n")
+    assert loss.selectors == ("sample",)
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,7 @@ def _fit(args: list[str] | None) -> None:
     cli = _build(args)
     trainer, checkpoint = cli.trainer, cli.checkpoint
     cli.datamodule.check_ranks(trainer.world_size)
+    cli.datamodule.check_loss(cli.model.loss)
     cli.model.compiles(trainer, cli.datamodule)
     run = checkpoint.run if checkpoint else runs.run_folder(trainer)
     progress = None

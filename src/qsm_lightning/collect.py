@@ -149,6 +149,7 @@ class Progress:
         evaluated: frame of the last evaluation.
         skipped: frames that are worth no updates: the ones that refill a buffer which was not saved.
         env_restarts: how often this rank's environments were built anew.
+        batches: Lightning's training batches that have ended.
     """
 
     frames: int = 0
@@ -157,6 +158,7 @@ class Progress:
     evaluated: int = 0
     skipped: int = 0
     env_restarts: int = 0
+    batches: int = 0
 
     def updates_owed(self, utd: float, init_random_frames: int) -> int:
         """Updates still to do so that their number is floor(utd * (frames - warm-up)) in all, exactly."""

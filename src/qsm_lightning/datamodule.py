@@ -247,6 +247,7 @@ class OffPolicyDataModule(LightningDataModule):
         if stage != "fit":
             return
         self.check_ranks(self.trainer.world_size)
+        self.check_loss(self._loss)
         self.ranks = Ranks(self.trainer.global_rank, self.trainer.world_size)
         self.stopping.ranks = self.ranks
         self.run = runs.agreed_folder(self.trainer, self.ranks)
@@ -267,6 +268,14 @@ class OffPolicyDataModule(LightningDataModule):
             self.batch_size % count == 0,
             f"data.batch_size is {self.batch_size}: it counts over all {count} processes, which sample equal parts; "
             f"give a multiple of {count}, such as {math.ceil(self.batch_size / count) * count}",
+        )
+
+    def check_loss(self, loss: OffPolicyLoss) -> None:
+        """Raise :class:`SettingError` unless ``loss`` has the policy that is to be evaluated."""
+        wanted = self.eval_selectors
+        require(
+            bool({*wanted} & {*loss.selectors}),
+            f"data.eval_selector is {wanted[0]}: {type(loss).__name__} has {' and '.join(loss.selectors)}",
         )
 
     def _make_buffer(self, capacity: int) -> None:
@@ -353,9 +362,11 @@ class OffPolicyDataModule(LightningDataModule):
         left = -done % self._period
         if left == 0 and not owed:
             left = self._period
-        last = min(done + left, max(done, math.ceil(self.total_frames / self._round)))
-        to_come = np.arange(done + (not owed), last + 1)
-        return SizedStream(int(np.count_nonzero(self._end_batch(to_come))), self.next_batch)
+        to_end = math.ceil((self.total_frames - self.progress.frames) / self._round)
+        last = done + min(left, max(0, to_end))
+        blocks = range(done + (not owed), last + 1, 2**20)  # a period may be very long
+        ends = (self._end_batch(np.arange(first, min(first + 2**20, last + 1))) for first in blocks)
+        return SizedStream(sum(int(np.count_nonzero(block)) for block in ends), self.next_batch)
 
     def val_dataloader(self) -> SizedStream:
         """One batch: the evaluated episodes of each selector."""
@@ -393,8 +404,9 @@ class OffPolicyDataModule(LightningDataModule):
 
     def _end_batch(self, rounds: T) -> T:
         """Whether a training batch ends with the n-th round of the run; ``rounds`` is n, or an array of them."""
-        frames: Any = rounds * self._round  # type: ignore[operator]
-        ends = frames // self._round % self._period % self._rounds_per_batch == 0
+        rest = self.progress.frames % self._round  # of another number of ranks, from which the run went on
+        frames: Any = rounds * self._round + rest  # type: ignore[operator]
+        ends = rounds % self._period % self._rounds_per_batch == 0  # type: ignore[operator]
         for every in self._ends:
             ends = ends | (frames % every < self._round)
         return ends | (frames >= self.total_frames)
@@ -419,12 +431,14 @@ class OffPolicyDataModule(LightningDataModule):
         device = self.trainer.strategy.root_device
         while True:
             self.check_stop()
+            counted = self._owed == []  # then an evaluation alone is owed: the batch has ended before
             with full_precision_on(device.type):
                 updates = self.next_round()
             if self.progress.frames >= self.total_frames:
                 self.trainer.should_stop = True
             yield [self._on_device(minibatch, device) for minibatch in updates]
             if self._end_batch(self.rounds):
+                self.progress.batches += not counted
                 return
 
     def next_round(self) -> list[TensorDictBase]:
@@ -497,9 +511,8 @@ class OffPolicyDataModule(LightningDataModule):
 
     @property
     def _selectors(self) -> list[str]:
-        """Those wanted that the loss has; the loss refuses a single one that it has not."""
-        wanted = self.eval_selectors
-        return [s for s in wanted if s in self._loss.selectors] if len(wanted) > 1 else list(wanted)
+        """Those wanted that the loss has."""
+        return [selector for selector in self.eval_selectors if selector in self._loss.selectors]
 
     def check_stop(self, rest: Callable[[], list[TensorDictBase]] | None = None) -> None:
         """Where training may be left at once and gone on with later, raise :class:`Interrupted` if all ranks stop.

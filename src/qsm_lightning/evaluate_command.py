@@ -99,10 +99,16 @@ def run(args: list[str] | None = None) -> None:
         check_renderable(name)
     try:
         module = OffPolicyModule(**checkpoint["hyper_parameters"])
-        module.load_state_dict(checkpoint["state_dict"], assign=True)  # in the precision it was trained in
+        weights = checkpoint["state_dict"]
+        module.to(next(value.dtype for value in weights.values() if value.is_floating_point()))
+        module.load_state_dict(weights)
     except (TypeError, KeyError, RuntimeError, AttributeError) as error:
         what = " ".join(str(error).split())
         raise SettingError(f"{path} has settings that qsm-fit does not write ({what}); choose another") from error
+    require(
+        options.selector in module.loss.selectors,
+        f"--selector is {options.selector}: {type(module.loss).__name__} has {' and '.join(module.loss.selectors)}",
+    )
     policy = module.loss.evaluation_policy(options.selector, options.candidates)
     env_seed = derive_seed(options.seed, 0, Purpose.REPORT_ENV)
     noise_seed = derive_seed(options.seed, 0, Purpose.REPORT_NOISE)

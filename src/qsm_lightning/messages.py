@@ -60,7 +60,8 @@ def sentence(message: str, known: list[str]) -> str:
         group = re.search(r"Group '([^']+)'", text)
         return _unknown(".".join(filter(None, [group[1] if group else key, option[1]])), known)
     if key == "model.loss" and ("import path" in text or "expects a function" in text):
-        return f"model.loss: there is no such loss; choose {', '.join(losses.ALGORITHMS)} or a class, such as QSM"
+        names = ", ".join(losses.ALGORITHMS)
+        return f"model.loss: there is no such loss; choose {names} on the command line, or a class_path such as QSM"
     return _expected(key, one_line(text)) if key else one_line(text)
 
 

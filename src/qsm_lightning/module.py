@@ -313,7 +313,7 @@ class OffPolicyModule(LightningModule):
         checkpoint["skipped_steps"] = self.skipped_steps
         checkpoint["updates"] = self.updates
         checkpoint["compiled"] = self._last_compiled
-        put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.rounds)
+        put_at_start_of_epoch(checkpoint["loops"]["fit_loop"], data.epochs, data.progress.batches)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         metrics = checkpoint["metrics"]
@@ -335,7 +335,11 @@ class OffPolicyModule(LightningModule):
         }
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
-        """Adam for every term of the loss: ``critic_lr`` for qvalue; ``actor_lr``, with its decay, for any other."""
+        """Adam for every term of the loss: ``critic_lr`` for qvalue; ``actor_lr``, with its decay, for others.
+
+        A rate that the loss has for a term goes before.
+        """
+        rates = self.loss.learning_rates
         decay = self.hparams["actor_lr_decay_updates"]
         # a fused step takes a loss scale out itself, too late for clipping, and mixed precision then refuses to clip
         fused = self.gradient_clip_val is None or not isinstance(self.trainer.precision_plugin, MixedPrecision)
@@ -346,12 +350,15 @@ class OffPolicyModule(LightningModule):
         optimizers = {
             term: Adam(
                 [p for module in self.loss.term_modules(term) for p in module.parameters()],
-                self.hparams["critic_lr"] if term == "qvalue" else self.hparams["actor_lr"],
+                rates.get(term, self.hparams["critic_lr"] if term == "qvalue" else self.hparams["actor_lr"]),
                 fused=fused,
             )
             for term in self.loss.terms
         }
-        decayed: list[LRScheduler] = [LambdaLR(o, cosine) for term, o in optimizers.items() if term != "qvalue"]
+        for term in self.loss.every.keys() & optimizers.keys():
+            optimizers[term]._opt_called = True  # type: ignore[attr-defined]  # schedules ask for a step before theirs
+        constant = {"qvalue", *rates}
+        decayed: list[LRScheduler] = [LambdaLR(o, cosine) for term, o in optimizers.items() if term not in constant]
         return list(optimizers.values()), decayed
 
     # The average of the denoiser's weights.

@@ -26,7 +26,10 @@ FREE = {
 # What settings are in checkpoints from before there were these settings.
 BEFORE = {
     "model.ema": None,
+    "model.loss.batch_temperature": 0.1,
     "model.loss.bc_coef": 0.0,
+    "model.loss.m_q_lr": 3e-3,
+    "model.loss.m_q_slope": 0.4,
     "trainer.gradient_clip_val": None,
     "trainer.gradient_clip_algorithm": None,
 }

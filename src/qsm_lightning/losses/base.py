@@ -30,7 +30,8 @@ class OffPolicyLoss(LossModule):
     ``x_loss(tensordict) -> (loss, detached metrics)`` and lists its modules in ``term_modules(x)``; the trainer makes
     one optimizer per term. Networks, targets and the maths are the loss's own; how often and with what they are
     stepped is not. ``every`` says of terms, and of ``targets``, at which updates they are stepped where that is not
-    all of them: at every second, say. ``selectors`` are the kinds of :meth:`evaluation_policy` that there are.
+    all of them: at every second, say. ``learning_rates`` are of terms that have one of their own, which is constant.
+    ``selectors`` are the kinds of :meth:`evaluation_policy` that there are.
 
     A class may say of itself, not for its subclasses, that it is ``compilable``: that ``x_loss`` and
     ``update_targets`` read and change nothing between two updates but the content of tensors. A number that is counted
@@ -48,6 +49,7 @@ class OffPolicyLoss(LossModule):
     default_keys = _AcceptedKeys
     terms: tuple[str, ...] = ()
     every: Mapping[str, int] = {}
+    learning_rates: Mapping[str, float] = {}
     selectors: tuple[str, ...] = ("sample", "best_of_n")
     compilable = False
 

@@ -32,7 +32,8 @@ class DiffusionLoss(OffPolicyLoss):
         gamma: discount, in [0, 1].
         tau: Polyak rate of the targets, in (0, 1].
         q_grad: whose action gradient is taken: the ``mean`` of the critics (QSM's authors' code), the smaller one
-            (``min_q``), or the mean of the target critics (``target_mean``).
+            (``min_q``), or the mean of the target critics (``target_mean``). Where training takes none, it is that of
+            the policy picture.
         temperature: factor on the noise inside the reverse process.
         clip_sampler: clip the action to [-1, 1] after every step of the reverse process, not only at its end.
         action_noise: deviation of the noise added to actions when collecting and in the TD target.
@@ -41,7 +42,7 @@ class DiffusionLoss(OffPolicyLoss):
         SettingError: for a value outside its range.
     """
 
-    terms = ("qvalue", "actor")
+    terms: tuple[str, ...] = ("qvalue", "actor")
 
     def __init__(
         self,

@@ -99,8 +99,9 @@ class DiffusionQL(DiffusionLoss):
 
         def value(action: Tensor) -> Tensor:
             q = self.critics(observation, action)  # [2, B]
-            own, other = torch.where(first, q, q.flip(0))
-            return own.mean() / batch_mean(other.abs())
+            sizes = torch.stack([batch_mean(values.abs()) for values in q])  # both: ranks may choose differently
+            own, other = q.mean(1), sizes.flip(0)
+            return torch.where(first, own[0] / other[0], own[1] / other[1])
 
         with torch.no_grad():
             g, q = torch.func.grad_and_value(value)(action.detach())

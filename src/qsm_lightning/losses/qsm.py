@@ -9,17 +9,21 @@ denoising step moves the action along -eps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from qsm_lightning.distributed import batch_mean
 from qsm_lightning.errors import require, require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.diffusion import DiffusionLoss, networks
 from qsm_lightning.networks import Denoiser, eps_given
+from qsm_lightning.precision import full_precision
 from qsm_lightning.schedule import NoiseSchedule, ScheduleName
+
+CURVATURE_SAMPLES = 64  # frames of a batch that m_q: auto looks at
 
 
 class QSMLoss(DiffusionLoss):
@@ -29,7 +33,13 @@ class QSMLoss(DiffusionLoss):
         denoiser: eps_theta(observation [B, O], noisy action [B, A], t [B]) -> [B, A].
         critics: (observation [B, O], action [B, A]) -> [ensemble, B].
         schedule: noise schedule, T steps.
-        m_q: M_q, the inverse temperature (the paper's alpha).
+        m_q: M_q, the inverse temperature (the paper's alpha). ``auto`` adapts it to the critics' curvature, so that the
+            last denoising step leaves a set share of the slope (``m_q_slope``) and does not overshoot; ``batch`` gives
+            the target a set size in every batch, -sigma_t g / (batch_temperature mean |g|).
+        batch_temperature: of ``m_q: batch``.
+        m_q_slope: share of the slope that ``m_q: auto`` leaves at the end of a step, in (-1, 1): 0 takes the step to
+            the top, and more leaves the policy softer.
+        m_q_lr: learning rate of log M_q with ``m_q: auto``.
         score_at: take the critics' gradient at the ``noisy`` action (authors' code) or the ``clean`` one (paper).
         bc_coef: weight of behaviour cloning: the loss of a denoiser of the buffer's own actions is added.
         **settings: the settings of :class:`DiffusionLoss`.
@@ -56,18 +66,32 @@ class QSMLoss(DiffusionLoss):
         critics: nn.Module,
         schedule: NoiseSchedule,
         *,
-        m_q: float = 50.0,
+        m_q: float | Literal["auto", "batch"] = 50.0,
+        batch_temperature: float = 0.1,
+        m_q_slope: float = 0.4,
+        m_q_lr: float = 3e-3,
         score_at: Literal["noisy", "clean"] = "noisy",
         bc_coef: float = 0.0,
         **settings: Any,
     ) -> None:
         super().__init__(denoiser, critics, schedule, **settings)
-        require_positive(m_q=m_q)
+        if isinstance(m_q, str):
+            require(m_q in ("auto", "batch"), f"m_q is {m_q!r}: give a number, auto or batch")
+        else:
+            require_positive(m_q=m_q)
+        require_positive(batch_temperature=batch_temperature, m_q_lr=m_q_lr)
+        require(-1 < m_q_slope < 1, f"m_q_slope is {m_q_slope}: it must be between -1 and 1")
         require(score_at in ("noisy", "clean"), f"score_at is {score_at!r}: choose noisy or clean")
         require(bc_coef >= 0, f"bc_coef is {bc_coef}: it must not be negative")
         self.m_q = m_q
         self.score_at = score_at
         self.bc_coef = bc_coef
+        self.batch_temperature = batch_temperature
+        self.m_q_slope = m_q_slope
+        if m_q == "auto":
+            self.log_m_q = nn.Parameter(torch.zeros(1))  # in float64, torch's compiler loses a scalar's gradient
+            self.terms = (*self.terms, "m_q")
+            self.learning_rates = {"m_q": m_q_lr}
 
     def score_matching(
         self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor
@@ -79,10 +103,57 @@ class QSMLoss(DiffusionLoss):
         noisy = self.schedule.add_noise(action, t, noise)
         g = self.q_gradient(observation, noisy if self.score_at == "noisy" else action)
         eps = eps_given(self.denoiser, observation, self.schedule.T)(noisy, t).to(g)
-        loss = (eps + self.m_q * g).square().mean()
+        loss = (eps + self.scale(g, t) * g).square().mean()
         if self.bc_coef > 0:
             loss = loss + self.bc_coef * (eps - noise).square().mean()
         return loss, eps, g
+
+    def scale(self, g: Tensor, t: Tensor) -> float | Tensor:
+        """M_q, or what stands in its place: a scalar, or [B, 1]."""
+        if self.m_q == "auto":
+            return self.log_m_q.detach().exp()
+        if self.m_q == "batch":
+            sigma = self.schedule.sqrt_one_minus_alpha_hats[t, None]
+            return sigma / (self.batch_temperature * batch_mean(g.abs()).clamp(min=torch.finfo(g.dtype).tiny))
+        return cast(float, self.m_q)
+
+    @torch.no_grad()
+    @full_precision
+    def slope_left(self, observation: Tensor, action: Tensor, noise: Tensor) -> Tensor:
+        r"""rho: the share of the critics' slope that is left where the last denoising step ends; scalar.
+
+        From a_0 = sqrt(abar_0) a + sqrt(1 - abar_0) z the step goes from u = clip(a_0 / sqrt(alpha_0)) to v =
+        clip(a_0 / sqrt(alpha_0) + c M_q g(a_0)), c its coefficient of -eps. With D = v - u,
+
+        .. math:: \rho = \sum_b g(v_b) \cdot D_b / \sum_b g(a_{0,b}) \cdot D_b
+
+        over the batch: 1 where Q is linear along the step, 0 where it ends at the top, negative beyond.
+
+        Args:
+            observation: s, [B, O].
+            action: a, [B, A].
+            noise: z, [B, A].
+        """
+        schedule = self.schedule
+        noisy = schedule.add_noise(action, torch.zeros(len(action), dtype=torch.long, device=action.device), noise)
+        g = self.q_gradient(observation, noisy)
+        unmoved = noisy * schedule.inv_sqrt_alphas[0]
+        step = schedule.eps_coefs[0] * schedule.inv_sqrt_alphas[0] * self.log_m_q.exp() * g
+        end = (unmoved + step).clamp(-1, 1)
+        moved = end - unmoved.clamp(-1, 1)
+        left, first = (batch_mean((slope * moved).sum(-1)) for slope in (self.q_gradient(observation, end), g))
+        return left / first.clamp(min=torch.finfo(first.dtype).tiny)
+
+    def m_q_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
+        """-(rho - m_q_slope) log M_q, rho held fixed: M_q grows while too much of the slope is left, and else falls."""
+        few = tensordict[:CURVATURE_SAMPLES]
+        observation, action = few[self.tensor_keys.observation], few[self.tensor_keys.action]
+        rho = self.slope_left(observation, action, torch.randn_like(action))
+        loss = -((rho.clamp(-1, 1) - self.m_q_slope) * self.log_m_q).sum()
+        return loss, {"m_q": self.log_m_q.detach().exp().squeeze(), "slope_left": rho}
+
+    def term_modules(self, term: str) -> list[nn.Module]:
+        return [nn.ParameterList([self.log_m_q])] if term == "m_q" else super().term_modules(term)
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """Score matching at a random step of the schedule on a replay batch [B]; no gradient reaches the critics."""

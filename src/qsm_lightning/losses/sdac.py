@@ -3,7 +3,7 @@ r"""Soft diffusion actor-critic (Ma et al., ICML 2025, arXiv 2502.00361): revers
 The denoiser learns the noise predictor of :math:`\pi(a|s) \propto \exp(Q(s, a) / \lambda)` without a sample of that
 policy: for a noised action a_t, clean actions that could have led to it are drawn from the reverse of the forward
 process and weighed by their values. As in the authors' code (github.com/mahaitongdae/diffusion_policy_online_rl) the
-noised actions are those of the policy's own samples, and acting and TD target take the best of several samples; its
+noised actions are those that the policy takes, which is the best of several samples, also in the TD target; its
 adaptive lambda ends near a constant, which it is here.
 """
 
@@ -68,7 +68,7 @@ class SDAC(DiffusionLoss):
 
     @full_precision
     def next_action(self, next_observation: Tensor) -> Tensor:
-        """a' [B, A]: the best of ``candidates`` samples for s' [B, O], plus the clipped action noise."""
+        """a' [B, A] as in collecting: the best of ``candidates`` samples for s' [B, O], plus clipped action noise."""
         return self.exploration_policy().act(next_observation)
 
     @torch.no_grad()
@@ -90,10 +90,10 @@ class SDAC(DiffusionLoss):
         return (weights[..., None] * noise).sum(0)
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
-        """mean (eps_theta(s, a_t, t) - weighed noise)^2 on a replay batch [B], for samples of the policy, noised."""
+        """mean (eps_theta(s, a_t, t) - weighed noise)^2 on a replay batch [B], at the actions of collecting, noised."""
         observation = tensordict[self.tensor_keys.observation]
         with torch.no_grad():
-            action = self.sampler(observation)
+            action = self.next_action(observation)
         t = torch.randint(self.schedule.T, (len(action),), device=action.device)
         noisy = self.schedule.add_noise(action, t, torch.randn_like(action))
         noise = torch.randn((self.reverse_samples, *action.shape), dtype=action.dtype, device=action.device)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
-from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
+from torchrl.objectives import LossModule, ValueEstimators
 
-from qsm_lightning.errors import SettingError, require
+from qsm_lightning.errors import require
 from qsm_lightning.losses.base import OffPolicyLoss
 from qsm_lightning.losses.diffusion import check_hidden
 from qsm_lightning.networks import MLP
@@ -67,7 +67,7 @@ class WrappedLoss(OffPolicyLoss):
         bounds = Bounded(-1, 1, (action_dim,))
         self.inner = self.make_inner(actor, critics, loss_function="l2", action_spec=bounds, **settings)
         self.inner.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
-        self._polyak = SoftUpdate(self.inner, tau=tau)
+        self.tau = tau
 
     @abstractmethod
     def make_actor(self, observation_dim: int, action_dim: int, hidden: Sequence[int]) -> TensorDictModuleBase:
@@ -86,15 +86,18 @@ class WrappedLoss(OffPolicyLoss):
 
     def update_targets(self) -> None:
         """target <- (1 - tau) target + tau online."""
-        self._polyak.step()
+        for name in ("actor_network", "qvalue_network"):
+            targets = getattr(self.inner, f"target_{name}_params")
+            online = getattr(self.inner, f"{name}_params")
+            if next(targets.values(True, True)) is not next(online.values(True, True)):  # SAC has no target policy
+                moved, by = ([p.data for p in params.values(True, True)] for params in (targets, online))
+                torch._foreach_lerp_(moved, by, self.tau)
 
     def exploration_policy(self) -> Policy:
         return self.policy(self._actor(), explores=True)
 
     def evaluation_policy(self, selector: str = "sample", n: int = 32) -> Policy:
         """The deterministic policy, which is what is usually reported; there is no other ``selector``."""
-        if selector != "sample":
-            raise SettingError(f"data.eval_selector is {selector}: {type(self).__name__} has no such; use sample")
         return self.policy(self._actor(), explores=False)
 
     def _actor(self) -> Any:
