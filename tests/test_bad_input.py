@@ -52,6 +52,10 @@ CASES = {
     "no last checkpoint": ([*PENDULUM, "--ckpt_path", "last"], "--ckpt_path is last.*no checkpoint"),
     "unwritable folder": ([*PENDULUM, "--trainer.default_root_dir", "file/runs"], "trainer.default_root_dir"),
     "a class that needs networks": ([*PENDULUM, "--model.loss", "QSMLoss"], "model.loss.*such as QSM"),
+    "a policy that there is not": (
+        [*PENDULUM, "--model.loss", "sac", "--data.eval_selector", "best_of_n"],
+        "data.eval_selector is best_of_n: SAC has sample",
+    ),
     "matrix actions": ([*PENDULUM, "--data.env", "tests.fake_envs:Matrix-v0"], r"data.env.*shape \(2, 3\).*flatten"),
     "nothing to learn": ([*PENDULUM, "--data.total_frames", "1000"], "data.total_frames is 1000.*init_random_frames"),
     "Lightning's cadence": ([*PENDULUM, "--trainer.check_val_every_n_epoch", "2"], "data.eval_every_frames"),

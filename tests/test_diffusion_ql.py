@@ -50,6 +50,23 @@ def test_climbing_differentiates_through_the_sampler(first: bool) -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_ranks_that_choose_differently_send_the_same(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Magnitudes are averaged over ranks: each sends the first critic's, then the second's."""
+    loss, observation, sent = made(), torch.randn(B, OBS), []
+
+    def mean(values: Tensor) -> Tensor:
+        sent.append(values.detach().mean())
+        return sent[-1]
+
+    monkeypatch.setattr("qsm_lightning.losses.diffusion_ql.batch_mean", mean)
+    torch.manual_seed(3)
+    loss.climbing(observation, torch.tensor(first))
+    torch.manual_seed(3)
+    expected = loss.critics(observation, loss.sampler(observation)).abs().mean(1)
+    torch.testing.assert_close(torch.stack(sent), expected)
+
+
 def test_the_target_takes_the_best_of_several_actions() -> None:
     """max over samples for each critic, then the smaller critic; samples come from the slow copy."""
     loss, batch = made(max_q_backup=4, gamma=0.9), replay_batch(B)

@@ -126,10 +126,19 @@ def test_other_precisions_are_refused(precision: Any) -> None:
         check_precision(precision, "auto")
 
 
-def test_a_run_in_float64_is_evaluated_in_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trained(tmp_path, "--config=pendulum", *SHRINK, "--trainer.precision=64-true")
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        ("qsm", "loss.denoiser.trunk.layers.0.weight"),
+        ("sac", "loss.inner.actor_network_params.module.0.module.0.layers.0.weight"),
+    ],
+)
+def test_a_run_in_float64_is_evaluated_in_float64(
+    loss: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(tmp_path, "--config=pendulum", f"--model.loss={loss}", *SHRINK, "--trainer.precision=64-true")
     saved = state(run)
-    weight = saved["state_dict"]["loss.denoiser.trunk.layers.0.weight"]
+    weight = saved["state_dict"][name]
     assert not torch.equal(weight, weight.float().double()), "it was rounded to float32"
     assert saved["OffPolicyDataModule"]["ranks"][0]["replay"]["observation"].dtype == torch.float32
     seen: list[Tensor] = []
