@@ -295,8 +295,8 @@ def test_the_shipped_pendulum_run_learns(precision: str, command: Command) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("loss", ["sac", "td3", "diffusion_ql", "sdac"])
-def test_every_algorithm_learns_pendulum(loss: str, command: Command) -> None:
+@pytest.mark.parametrize("loss", ["sac", "td3"])
+def test_other_algorithms_learn_pendulum(loss: str, command: Command) -> None:
     """With the settings of the shipped Pendulum run."""
     settings = ["--config", "pendulum", "--config", f"algo/{loss}", "--data.eval_selector=sample"]
     result = command("qsm-fit", *settings, timeout=1800)
