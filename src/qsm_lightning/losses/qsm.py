@@ -114,7 +114,7 @@ class QSMLoss(DiffusionLoss):
             return self.log_m_q.detach().exp()
         if self.m_q == "batch":
             sigma = self.schedule.sqrt_one_minus_alpha_hats[t, None]
-            return sigma / (self.batch_temperature * batch_mean(g.abs()).clamp(min=torch.finfo(g.dtype).tiny))
+            return sigma / (self.batch_temperature * batch_mean(g.abs()).clamp(min=1e-30))
         return cast(float, self.m_q)
 
     @torch.no_grad()
