@@ -91,8 +91,11 @@ class DiffusionLoss(OffPolicyLoss):
     @full_precision
     def td_target(self, reward: Tensor, terminated: Tensor, next_observation: Tensor, next_action: Tensor) -> Tensor:
         """y = r + gamma (1 - terminated) min_i Qbar_i(s', a'), [B]: a truncated step bootstraps, a terminated not."""
-        next_value = self.target_critics(next_observation, next_action).min(0).values  # [B]
-        return reward + self.gamma * torch.where(terminated, 0.0, next_value)
+        return reward + self.gamma * torch.where(terminated, 0.0, self.next_value(next_observation, next_action))
+
+    def next_value(self, next_observation: Tensor, next_action: Tensor) -> Tensor:
+        """min_i Qbar_i(s', a'), [B]."""
+        return self.target_critics(next_observation, next_action).min(0).values
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """Sum over critics of mean (Q_i(s, a) - y)^2 on a replay batch [B]; no gradient reaches the denoiser."""

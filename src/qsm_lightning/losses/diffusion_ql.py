@@ -76,13 +76,10 @@ class DiffusionQL(DiffusionLoss):
         """a' [n B, A]: ``max_q_backup`` samples for each s' [B, O], by the denoiser's slow copy."""
         return self.target_sampler(next_observation.repeat_interleave(self.max_q_backup, 0))
 
-    @torch.no_grad()
-    @full_precision
-    def td_target(self, reward: Tensor, terminated: Tensor, next_observation: Tensor, next_action: Tensor) -> Tensor:
-        """y = r + gamma (1 - terminated) min_i max_n Qbar_i(s', a'_n), [B]."""
+    def next_value(self, next_observation: Tensor, next_action: Tensor) -> Tensor:
+        """min_i max_n Qbar_i(s', a'_n), [B]."""
         values = self.target_critics(next_observation.repeat_interleave(self.max_q_backup, 0), next_action)
-        best = values.view(len(values), -1, self.max_q_backup).max(-1).values  # [2, B]
-        return reward + self.gamma * torch.where(terminated, 0.0, best.min(0).values)
+        return values.view(len(values), -1, self.max_q_backup).max(-1).values.min(0).values
 
     def cloning(self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """mean (eps_theta(s, a_t, t) - z)^2 for given ``t`` [B] and ``noise`` z [B, A]."""
