@@ -11,7 +11,7 @@ import torch
 
 from qsm_lightning import checkpoints
 from qsm_lightning.callbacks.policy_picture import draw_policy
-from qsm_lightning.evaluate_command import find
+from qsm_lightning.commands.trained import find
 from qsm_lightning.module import OffPolicyModule
 
 

@@ -35,11 +35,12 @@ def _main(name: str, args: list[str], folder: Path, log: Path, rank: int, env: d
     import torch
     from pytorch_lightning.utilities import rank_zero_only
 
-    from qsm_lightning import cli
+    from qsm_lightning.cli import fit
+    from qsm_lightning.commands import evaluate
 
     rank_zero_only.rank = rank  # type: ignore[attr-defined]  # which a new process knows from the first import on
     torch.set_num_threads(1)
-    {"qsm-fit": cli.fit, "qsm-eval": cli.evaluate}[name]()
+    {"qsm-fit": fit, "qsm-eval": evaluate.main}[name]()
 
 
 class Run:

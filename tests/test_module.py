@@ -17,7 +17,7 @@ from pytorch_lightning.plugins import MixedPrecision
 from tensordict import TensorDictBase
 from torch import nn
 
-from qsm_lightning import evaluate_command
+from qsm_lightning.commands import evaluate
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import Interrupted, SettingError
 from qsm_lightning.evaluation import run_episodes
@@ -239,8 +239,8 @@ def test_evaluation_uses_the_average_and_collection_does_not(tmp_path: Path, mon
     }
     torch.save(state, tmp_path / "weights.ckpt")
     acting.clear()
-    monkeypatch.setattr(evaluate_command, "run_episodes", spy)
-    evaluate_command.run([str(tmp_path / "weights.ckpt"), "--episodes=1"])
+    monkeypatch.setattr(evaluate, "run_episodes", spy)
+    evaluate.run([str(tmp_path / "weights.ckpt"), "--episodes=1"])
     assert all(map(torch.equal, acting[0], average))
 
 

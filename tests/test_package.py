@@ -62,7 +62,7 @@ def test_the_installed_commands_work_without_the_checkout(wheel: Path, tmp_path:
         [*run, fit, "--config", "pendulum", *SHRINK], cwd=tmp_path, env=env, capture_output=True, text=True
     )
     assert "final return: " in result.stdout, result.stderr
-    evaluate = "import sys; from qsm_lightning.cli import evaluate; evaluate(sys.argv[1:])"
+    evaluate = "import sys; from qsm_lightning.commands.evaluate import main; main(sys.argv[1:])"
     result = subprocess.run(
         [*run, evaluate, "runs/Pendulum-v1/version_0", "--episodes", "1"],
         cwd=tmp_path,

@@ -16,7 +16,8 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from qsm_lightning import callbacks as cb
-from qsm_lightning import checkpoints, evaluate_command
+from qsm_lightning import checkpoints
+from qsm_lightning.commands import evaluate
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError, TrainingFault
 from qsm_lightning.evaluation import run_episodes
@@ -147,8 +148,8 @@ def test_a_run_in_float64_is_evaluated_in_float64(
         seen.extend(policy.parameters())
         return run_episodes(env, policy, *args)
 
-    monkeypatch.setattr(evaluate_command, "run_episodes", spy)
-    evaluate_command.run([str(run), "--episodes=1"])
+    monkeypatch.setattr(evaluate, "run_episodes", spy)
+    evaluate.run([str(run), "--episodes=1"])
     assert any(p.dtype == weight.dtype and torch.equal(weight, p) for p in seen)
 
 

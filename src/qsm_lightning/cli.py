@@ -1,17 +1,13 @@
-"""``qsm-fit`` and ``qsm-eval``: a thin LightningCLI, and an evaluation of what it saved."""
+"""``qsm-fit``: a thin LightningCLI."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import os
-import signal
 import sys
-import threading
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import docstring_parser
 import torch
@@ -26,6 +22,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from qsm_lightning import callbacks as cb
 from qsm_lightning import checkpoints, durable, launching, resources, resume, runs, trust
 from qsm_lightning.checkpoints import Checkpoint
+from qsm_lightning.commands.base import ignore_ctrl_c, run_command
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, require
 from qsm_lightning.loggers import run_loggers
@@ -342,7 +339,7 @@ def _fit(args: list[str] | None) -> None:
     except MisconfigurationException as error:
         raise SettingError(one_line(error)) from error
     finally:
-        _ignore_ctrl_c()
+        ignore_ctrl_c()
     if trainer.is_global_zero:
         print(closing_words(trainer, writer))
         held.close()
@@ -361,69 +358,3 @@ def closing_words(trainer: Trainer, writer: cb.RunCheckpoint | None) -> str:
     run = writer.last.run
     lines += [f"checkpoints: {', '.join(files)}", f"next: qsm-eval {run}"]
     return "\n".join([*lines, f"      tensorboard --logdir {run}"] if trainer.loggers else lines)
-
-
-def evaluate(args: list[str] | None = None) -> None:
-    """Entry point of ``qsm-eval``: evaluate a run or checkpoint. See ``qsm-eval --help``."""
-    from qsm_lightning.evaluate_command import run
-
-    run_command("qsm-eval", lambda: run(args))
-
-
-def run_command(prog: str, command: Callable[[], None]) -> None:
-    """Run a command's body and turn the ways it can end early into one sentence and an exit status."""
-    _quiet()
-    logging.basicConfig(format=f"{_speaker(prog)}: %(message)s")
-    try:
-        command()
-    except SettingError as error:
-        _stop(prog, error, str(error), 2)
-    except EnvironmentFault as error:
-        _stop(prog, error, f"{error}{runs.and_now(error.checkpoint) if prog == 'qsm-fit' else ''}", 3)
-    except TrainingFault as error:
-        _stop(prog, error, str(error), 3)
-    except Interrupted as stop:
-        _stop(prog, stop, f"{stop}{runs.and_now(stop.checkpoint)}", 128 + stop.signum)
-    except KeyboardInterrupt as stop:
-        _stop(prog, stop, "interrupted; nothing was saved since the last checkpoint", 130)
-
-
-def _stop(prog: str, error: BaseException, message: str, status: int) -> NoReturn:
-    """End with a sentence; what all ranks end with is said by the first."""
-    _ignore_ctrl_c()
-    if rank_zero_only.rank == 0 or not getattr(error, "agreed", False):  # type: ignore[attr-defined]
-        print(f"{_speaker(prog)}: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)
-
-
-def _speaker(prog: str) -> str:
-    """Who says something: the command, and which rank of several if it is not the first."""
-    rank = rank_zero_only.rank  # type: ignore[attr-defined]
-    return f"{prog}: rank {rank}" if rank else prog
-
-
-def _ignore_ctrl_c() -> None:
-    """The process ends now, with its status, however often Ctrl-C is pressed."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _quiet() -> None:
-    """Leave out what Lightning and TorchRL say about things this package decided on purpose."""
-    for name in (
-        "pytorch_lightning.utilities.rank_zero",
-        "lightning_fabric.utilities.distributed",
-        "lightning_fabric.utilities.seed",
-        "torchrl",
-    ):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (
-        ".*does not have many workers.*",
-        ".*directory .* exists and is not empty.*",
-        ".*LeafSpec.*",
-        ".*precision lowered by casting.*",
-        ".*`broadcast_buffers` is deprecated.*",
-        ".*sync_dist=True.*",
-        ".*args parameter is intended to run from within Python.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)

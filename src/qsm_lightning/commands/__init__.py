@@ -1,0 +1,1 @@
+"""The commands, but for ``qsm-fit`` (``cli.py``): one file each."""

@@ -1,0 +1,83 @@
+"""What all commands share: how they end, and how they read their options."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+from pytorch_lightning.utilities import rank_zero_only
+
+from qsm_lightning import runs
+from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, with errors as a :class:`SettingError`."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingError(f"{message}; see {self.prog} --help")
+
+
+def run_command(prog: str, command: Callable[[], None]) -> None:
+    """Run a command's body and turn the ways it can end early into one sentence and an exit status."""
+    _quiet()
+    logging.basicConfig(format=f"{_speaker(prog)}: %(message)s")
+    try:
+        command()
+    except SettingError as error:
+        _stop(prog, error, str(error), 2)
+    except EnvironmentFault as error:
+        _stop(prog, error, f"{error}{runs.and_now(error.checkpoint) if prog == 'qsm-fit' else ''}", 3)
+    except TrainingFault as error:
+        _stop(prog, error, str(error), 3)
+    except Interrupted as stop:
+        _stop(prog, stop, f"{stop}{runs.and_now(stop.checkpoint)}", 128 + stop.signum)
+    except KeyboardInterrupt as stop:
+        _stop(prog, stop, "interrupted; nothing was saved since the last checkpoint", 130)
+
+
+def _stop(prog: str, error: BaseException, message: str, status: int) -> NoReturn:
+    """End with a sentence; what all ranks end with is said by the first."""
+    ignore_ctrl_c()
+    if rank_zero_only.rank == 0 or not getattr(error, "agreed", False):  # type: ignore[attr-defined]
+        print(f"{_speaker(prog)}: {message}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def _speaker(prog: str) -> str:
+    """Who says something: the command, and which rank of several if it is not the first."""
+    rank = rank_zero_only.rank  # type: ignore[attr-defined]
+    return f"{prog}: rank {rank}" if rank else prog
+
+
+def ignore_ctrl_c() -> None:
+    """The process ends now, with its status, however often Ctrl-C is pressed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _quiet() -> None:
+    """Leave out what Lightning and TorchRL say about things this package decided on purpose."""
+    for name in (
+        "pytorch_lightning.utilities.rank_zero",
+        "lightning_fabric.utilities.distributed",
+        "lightning_fabric.utilities.seed",
+        "torchrl",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (
+        ".*does not have many workers.*",
+        ".*directory .* exists and is not empty.*",
+        ".*LeafSpec.*",
+        ".*precision lowered by casting.*",
+        ".*`broadcast_buffers` is deprecated.*",
+        ".*sync_dist=True.*",
+        ".*args parameter is intended to run from within Python.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)

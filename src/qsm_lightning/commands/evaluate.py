@@ -1,0 +1,79 @@
+"""``qsm-eval``: evaluate what ``qsm-fit`` saved, with no setting repeated."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from qsm_lightning.commands.base import Parser, run_command
+from qsm_lightning.commands.trained import add_checkpoint, load
+from qsm_lightning.envs import make_env
+from qsm_lightning.errors import require
+from qsm_lightning.evaluation import run_episodes, summary
+from qsm_lightning.recording import check_renderable, check_video_path, record_episode, write_video
+from qsm_lightning.seeding import Purpose, derive_seed
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``qsm-eval``: evaluate a run or checkpoint. See ``qsm-eval --help``."""
+    run_command("qsm-eval", lambda: run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser("qsm-eval", description="Evaluate a trained policy.")
+    add_checkpoint(parser)
+    parser.add_argument("--episodes", type=int, default=10, help="number of whole episodes (10)")
+    parser.add_argument(
+        "--selector",
+        choices=("sample", "best_of_n"),
+        default="sample",
+        help="one sample a step, or the best of n by Q",
+    )
+    parser.add_argument("--candidates", type=int, default=32, help="n of best_of_n (32)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of starts and noise, which training never used (0)")
+    parser.add_argument("--video", metavar="FILE", help="also record one episode to a .mp4 or .gif")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def run(args: list[str] | None = None) -> None:
+    """Parse, evaluate and print."""
+    options = _parser().parse_args(args)
+    require(options.episodes > 0, f"--episodes is {options.episodes}: it must be greater than 0")
+    require(options.candidates > 0, f"--candidates is {options.candidates}: it must be greater than 0")
+    require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
+    if options.video:
+        check_video_path(options.video)
+    trained = load(options.checkpoint, options.trust)
+    module = trained.module
+    if options.video:
+        check_renderable(trained.env)
+    require(
+        options.selector in module.loss.selectors,
+        f"--selector is {options.selector}: {type(module.loss).__name__} has {' and '.join(module.loss.selectors)}",
+    )
+    policy = module.loss.evaluation_policy(options.selector, options.candidates)
+    env_seed = derive_seed(options.seed, 0, Purpose.REPORT_ENV)
+    noise_seed = derive_seed(options.seed, 0, Purpose.REPORT_NOISE)
+    env = make_env(trained.env, options.episodes)
+    with module.averaged_weights():
+        result = {
+            "checkpoint": trained.name,
+            "env": trained.env,
+            "frames": trained.frames,
+            "selector": options.selector,
+            **summary(run_episodes(env, policy, env_seed, noise_seed)),
+        }
+        env.close()
+        if options.video:
+            frames, result["video_return"] = record_episode(trained.env, policy, env_seed, noise_seed)
+            write_video(options.video, frames)
+            result["video"] = options.video
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print(
+            "\n".join(
+                f"{key}: {f'{value:.2f}' if isinstance(value, float) else value}" for key, value in result.items()
+            )
+        )

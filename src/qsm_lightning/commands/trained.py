@@ -1,0 +1,115 @@
+"""What ``qsm-fit`` saved, as a module again: for every command that takes a RUN_OR_CHECKPOINT."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qsm_lightning import checkpoints, runs, trust
+from qsm_lightning.checkpoints import Checkpoint
+from qsm_lightning.collect import Progress
+from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.errors import SettingError
+from qsm_lightning.module import OffPolicyModule
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's networks and what they were trained on.
+
+    Args:
+        path: the state's file.
+        module: with the weights of the checkpoint; :meth:`OffPolicyModule.averaged_weights` has those to act with.
+        data: the settings under ``data``.
+        frames: frames trained for.
+    """
+
+    path: Path
+    module: OffPolicyModule
+    data: dict[str, Any]
+    frames: int
+
+    @property
+    def env(self) -> str:
+        """The environment's name."""
+        return self.data["env"]
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's folder, or file."""
+        return str(self.path.parent if self.path.name == checkpoints.STATE else self.path)
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the options of :func:`load`: ``checkpoint`` and ``trust``."""
+    parser.add_argument(
+        "checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its best checkpoint) or a .ckpt"
+    )
+    parser.add_argument(
+        "--trust", action="store_true", help="also load settings that name code outside of the packages trusted"
+    )
+
+
+def load(run_or_checkpoint: str, trusted: bool = False) -> Trained:
+    """The networks of a run's best checkpoint, or of the one named.
+
+    Args:
+        run_or_checkpoint: as for :func:`find`.
+        trusted: whether settings may name code outside of the packages trusted.
+
+    Raises:
+        SettingError: when there is none, it is damaged, not trusted, or not written by ``qsm-fit``.
+    """
+    path = find(run_or_checkpoint)
+    state = checkpoints.load(path)
+    if not trusted:
+        trust.check_state(state, path)
+    try:
+        module = OffPolicyModule(**state["hyper_parameters"])
+        weights = state["state_dict"]
+        module.to(next(value.dtype for value in weights.values() if value.is_floating_point()))
+        module.load_state_dict(weights)
+        data = dict(state["datamodule_hyper_parameters"])
+        frames = Progress(**state[OffPolicyDataModule.__qualname__]["progress"]).frames
+    except (TypeError, KeyError, RuntimeError, AttributeError) as error:
+        what = " ".join(str(error).split())
+        raise SettingError(f"{path} has settings that qsm-fit does not write ({what}); choose another") from error
+    return Trained(path, module, data, frames)
+
+
+def find(run_or_checkpoint: str) -> Path:
+    """The state file of a checkpoint's folder, or of a run's best (or else last) whole checkpoint, or a file itself.
+
+    Raises:
+        SettingError: when there is none, or the one named is damaged.
+    """
+    path = Path(run_or_checkpoint)
+    if path.is_file() and path.name != checkpoints.STATE:
+        return path
+    folder = path.parent if path.is_file() else path
+    if (folder / checkpoints.MANIFEST).exists():
+        candidates = [Checkpoint(folder)]
+    else:
+        folder = folder / runs.CHECKPOINTS if (folder / runs.CHECKPOINTS).is_dir() else folder
+        found = [checkpoints.best(folder), *reversed(checkpoints.complete(folder))]
+        candidates = list(dict.fromkeys(checkpoint for checkpoint in found if checkpoint is not None))
+    faults = []
+    for checkpoint in candidates:
+        try:
+            checkpoint.verify(replay=False)
+        except checkpoints.DamagedError as fault:
+            faults.append(str(fault))
+        else:
+            for sentence in faults:
+                log.warning("%s; evaluating %s instead", sentence, checkpoint.path)
+            return checkpoint.state
+    raise SettingError(
+        f"{faults[0]}: choose another checkpoint"
+        if faults
+        else f"{run_or_checkpoint!r} is neither a checkpoint nor the folder of a run that has one"
+    )
