@@ -16,7 +16,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Command:
-    """Run qsm-fit or qsm-eval in an empty folder, as a process of its own."""
+    """Run one of the installed commands in an empty folder, as a process of its own."""
 
     def run(name: str, *args: object, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -207,7 +207,7 @@ def fit(args: list[str] | None = None) -> None:
     run_command("qsm-fit", lambda: _fit(args))
 
 
-def _build(args: list[str] | None) -> FitCLI:
+def build(args: list[str] | None) -> FitCLI:
     """Parse and instantiate everything; whatever is wrong with the settings ends in a :class:`SettingError`."""
     try:
         args, run, trusted = _resumed(_with_class_of_loss(sys.argv[1:] if args is None else args))
@@ -217,6 +217,8 @@ def _build(args: list[str] | None) -> FitCLI:
     except (MisconfigurationException, OmegaConfBaseException, ValueError) as error:
         raise SettingError(one_line(error)) from error
     cli.trusted = trusted
+    cli.datamodule.check_ranks(cli.trainer.world_size)
+    cli.datamodule.check_loss(cli.model.loss)
     return cli
 
 
@@ -295,10 +297,8 @@ def _cli(args: list[str], run: Path | None) -> FitCLI:
 
 def _fit(args: list[str] | None) -> None:
     launching.end_with_parent()
-    cli = _build(args)
+    cli = build(args)
     trainer, checkpoint = cli.trainer, cli.checkpoint
-    cli.datamodule.check_ranks(trainer.world_size)
-    cli.datamodule.check_loss(cli.model.loss)
     cli.model.compiles(trainer, cli.datamodule)
     run = checkpoint.run if checkpoint else runs.run_folder(trainer)
     progress = None

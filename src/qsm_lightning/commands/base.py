@@ -37,7 +37,7 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
     except TrainingFault as error:
         _stop(prog, error, str(error), 3)
     except Interrupted as stop:
-        _stop(prog, stop, f"{stop}{runs.and_now(stop.checkpoint)}", 128 + stop.signum)
+        _stop(prog, stop, f"{stop}{runs.and_now(stop.checkpoint) if prog == 'qsm-fit' else ''}", 128 + stop.signum)
     except KeyboardInterrupt as stop:
         _stop(prog, stop, "interrupted; nothing was saved since the last checkpoint", 130)
 

@@ -1,0 +1,339 @@
+"""``qsm-sweep``: runs of ``qsm-fit`` side by side, over settings and seeds; the same command goes on with them."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from qsm_lightning import checkpoints, cli, runs
+from qsm_lightning.commands.base import Parser, run_command
+from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, require
+
+OWN = ("--name", "--resume", "--ckpt_path", "--seed_everything", "--trainer.default_root_dir")
+POLL = 0.5  # seconds
+LINE = re.compile(r"^frames (\d+)/(\d+)(?: return (\S+))?.* frames/s (\d+)", re.MULTILINE)
+
+EPILOG = """
+Every other option is for qsm-fit, and the same in all runs. Each run has the folder OUT/VARIANT/seed=SEED.
+Started again, the same command goes on with runs that were interrupted, and leaves alone those that are complete.
+
+Examples:
+  qsm-sweep --config dmc/walker_walk --seeds 0-4 --vary model.loss=qsm,sac,td3 --jobs 2
+  qsm-sweep --vary config=hopper,walker2d --vary model.actor_lr=3e-4,1e-4 --seeds 0-2
+  qsm-sweep --config hopper --variant fixed= --variant "auto=--model.loss.m_q auto" --variant "sac=--model.loss sac"
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``qsm-sweep``. See ``qsm-sweep --help``."""
+    run_command("qsm-sweep", lambda: run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "qsm-sweep",
+        usage="qsm-sweep [--seeds S] [--vary KEY=A,B] [--variant NAME=OPTIONS] [--jobs N] [--out DIR] [qsm-fit's ...]",
+        description="Train with varied settings and seeds, several runs at a time.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--seeds", default="0", help="such as 0-4 or 0,2,7 (0)")
+    parser.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=A,B",
+        help="an option of qsm-fit and its values; given again, every combination is run",
+    )
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="NAME=OPTIONS",
+        help="options of qsm-fit under a name, to compare what differs in more than one setting",
+    )
+    cores = os.cpu_count() or 1
+    parser.add_argument("--jobs", type=int, default=max(1, cores // 2), help="runs at a time (half the cores)")
+    parser.add_argument("--out", type=Path, help="folder of the runs (sweeps/CONFIG)")
+    return parser
+
+
+@dataclass
+class Job:
+    """One run: where it is, how it is started, and how far it is."""
+
+    label: str
+    folder: Path
+    options: list[str]
+    total_frames: int
+    state: str = "waiting"
+    frames: int = 0
+    value: str = ""
+    speed: str = ""
+    process: subprocess.Popen[Any] | None = field(default=None, repr=False)
+
+    @property
+    def log(self) -> Path:
+        """What its ``qsm-fit`` prints."""
+        return self.folder / "log.txt"
+
+    def checkpoint(self) -> checkpoints.Checkpoint | None:
+        """The newest checkpoint that it has saved."""
+        found = (folder for version in self.folder.glob("version_*") if (folder := version / runs.CHECKPOINTS).is_dir())
+        return max((c for folder in found for c in checkpoints.complete(folder)), key=lambda c: c.order, default=None)
+
+    def look(self) -> None:
+        """Read from disk how far it is."""
+        if self.log.is_file() and (lines := LINE.findall(self.log.read_text(errors="replace"))):
+            frames, _, value, self.speed = lines[-1]
+            self.frames, self.value = int(frames), next((v for *_, v, _ in reversed(lines) if v), "")
+
+    def line(self) -> str:
+        """How far it is, in a line."""
+        value = f" return {self.value}" if self.value else ""
+        speed = f" frames/s {self.speed}" if self.state == "running" and self.speed else ""
+        return f"{self.label}: {self.state} {self.frames}/{self.total_frames}{value}{speed}"
+
+
+def seeds_of(text: str) -> list[int]:
+    """``0-2,5`` -> [0, 1, 2, 5].
+
+    Raises:
+        SettingError: for anything else, and for a seed that is there twice.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None or int(match[1]) > int(match[2] or match[1]):
+            raise SettingError(f"--seeds is {text!r}: write 0-4 or 0,2,7")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    require(len(set(found)) == len(found), f"--seeds is {text!r}: a seed is there twice; give each once")
+    return found
+
+
+def variants_of(vary: list[str], variants: list[str]) -> dict[str, list[str]]:
+    """Every combination of variants and varied settings: its name, such as ``loss=sac,T=5``, and its options.
+
+    Raises:
+        SettingError: for what is not KEY=A,B or NAME=OPTIONS, and for two of the same name.
+    """
+    choices: list[list[tuple[str, list[str]]]] = []
+    for text in variants:
+        name, equals, options = text.partition("=")
+        require(bool(equals and name), f"--variant is {text!r}: write NAME=OPTIONS, such as 'sac=--model.loss sac'")
+        choices[:1] = [[*(choices[0] if choices else []), (name, shlex.split(options))]]
+    for text in vary:
+        key, equals, values = text.partition("=")
+        key = key.removeprefix("--")
+        listed = re.findall(r"(?:\[[^]]*\]|[^,\[])+", values)  # a list in brackets is one value
+        require(bool(equals and key and listed), f"--vary is {text!r}: write KEY=A,B, such as model.loss=qsm,sac")
+        short = key.rpartition(".")[2]
+        choices.append([(f"{short}={value}", [f"--{key}={value}"]) for value in listed])
+    names: dict[str, list[str]] = {}
+    for combination in itertools.product(*choices):
+        name = ",".join(name for name, _ in combination).replace("/", "-")
+        require(name not in names, f"two variants have the name {name!r}: give each value once")
+        names[name] = [option for _, options in combination for option in options]
+    return names
+
+
+def _config_first(options: list[str]) -> list[str]:
+    """The options with configurations before what is set on top of them."""
+    configs: list[str] = []
+    others: list[str] = []
+    words = iter(options)
+    for word in words:
+        if word in ("-c", "--config"):
+            configs += [f"--config={next(words, '')}"]
+        else:
+            (configs if word.startswith("--config=") else others).append(word)
+    return configs + others
+
+
+def _default_out(options: list[str]) -> Path:
+    configs = [option.partition("=")[2] for option in _config_first(options) if option.startswith("--config=")]
+    return Path("sweeps") / (Path(configs[0]).stem if configs else "sweep")
+
+
+def plan(args: list[str] | None = None) -> tuple[list[Job], int]:
+    """The runs that a command line asks for, all of their settings checked, and how many are run at a time.
+
+    Raises:
+        SettingError: for settings of which one run or all are wrong.
+    """
+    options, shared = _parser().parse_known_args(args)
+    require(options.jobs > 0, f"--jobs is {options.jobs}: it must be greater than 0")
+    for option in shared:
+        name = option.partition("=")[0]
+        require(name not in OWN, f"{name} is set for each run by qsm-sweep, from --seeds and --out: leave it out")
+    seeds = seeds_of(options.seeds)
+    out = options.out or _default_out(shared)
+    runs.check_writable(out)
+    jobs = []
+    for name, varied in variants_of(options.vary, options.variant).items():
+        given = [*_config_first([*shared, *varied]), f"--trainer.default_root_dir={out}"]
+        built = cli.build(given)
+        built.datamodule.env.close()
+        for seed in seeds:
+            label = "/".join(filter(None, (name, f"seed={seed}")))
+            each = [*given, f"--name={label}", f"--seed_everything={seed}"]
+            runs.check_writable(out / label)
+            jobs.append(Job(label, out / label, each, built.datamodule.total_frames))
+    return sorted(jobs, key=lambda job: seeds.index(int(job.label.rpartition("=")[2]))), options.jobs  # seeds outermost
+
+
+def command(job: Job) -> list[str]:
+    """The ``qsm-fit`` that begins a run, or goes on with it."""
+    checkpoint = job.checkpoint()
+    options = job.options
+    if checkpoint is not None:
+        options = [f"--resume={checkpoint.run}", *(o for o in options if not o.startswith("--config="))]
+    return [sys.executable, "-m", "qsm_lightning", *options]
+
+
+class Sweep:
+    """Jobs, ``at_once`` of them at a time, each a process; an interruption is passed on to all, which save.
+
+    Args:
+        jobs: in the order in which they are begun.
+        at_once: how many are run at a time.
+    """
+
+    def __init__(self, jobs: list[Job], at_once: int) -> None:
+        self.jobs = jobs
+        self.at_once = at_once
+        self.signum: int | None = None
+
+    def run(self) -> None:
+        """Run all.
+
+        Raises:
+            Interrupted: by SIGINT or SIGTERM, once every run has saved its state.
+            TrainingFault: when runs have failed, at the end of the others.
+        """
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._interrupt)
+        with ThreadPoolExecutor(self.at_once) as pool, View(self.jobs) as show:
+            futures = [pool.submit(self._train, job) for job in self.jobs]
+            while not all(future.done() for future in futures):
+                time.sleep(POLL)
+                show()
+            show()
+        for future in futures:
+            future.result()
+        if self.signum is not None:
+            print("the same command goes on with what is not complete", flush=True)
+            raise Interrupted(self.signum)
+        failed = [job for job in self.jobs if job.state.startswith("failed")]
+        if failed:
+            raise TrainingFault(f"{len(failed)} of {len(self.jobs)} runs failed; see {failed[0].log}")
+
+    def _interrupt(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        for job in self.jobs:
+            if job.process is not None and job.process.poll() is None:
+                job.process.send_signal(signal.SIGTERM)
+
+    def _train(self, job: Job) -> None:
+        saved = job.checkpoint()
+        job.frames = saved.order[0] if saved else 0
+        if job.frames >= job.total_frames:
+            job.look()
+            job.state = "complete"
+            return
+        if self.signum is not None:
+            return
+        job.folder.mkdir(parents=True, exist_ok=True)
+        threads = str(max(1, (os.cpu_count() or 1) // self.at_once))
+        env = {"OMP_NUM_THREADS": threads, **os.environ}
+        with job.log.open("a") as log:
+            start = log.tell()
+            job.process = subprocess.Popen(
+                command(job), env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            job.state = "running"
+            if self.signum is not None:
+                job.process.send_signal(signal.SIGTERM)
+            status = job.process.wait()
+        job.look()
+        job.state = "complete" if status == 0 else _why(job, start, status, self.signum)
+
+
+def _why(job: Job, start: int, status: int, signum: int | None) -> str:
+    """The state of a run that has ended early."""
+    if signum is not None:
+        return "interrupted"
+    said = job.log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
+    sentences = [line for line in said if line.startswith("qsm-fit: ")]
+    return f"failed ({(sentences or said or [f'status {status}'])[-1].removeprefix('qsm-fit: ')})"
+
+
+class View:
+    """A table that is kept up to date in a terminal; elsewhere a line whenever a run has something new."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.jobs = jobs
+        self.said: dict[str, tuple[str, str]] = {}
+        console = Console()
+        self.live = Live(self._table(), console=console, auto_refresh=False) if console.is_terminal else None
+
+    def __enter__(self) -> Any:
+        if self.live:
+            self.live.start()
+        return self.show
+
+    def __exit__(self, *_: Any) -> None:
+        if self.live:
+            self.live.stop()
+
+    def show(self) -> None:
+        """Show how far the runs are."""
+        for job in self.jobs:
+            if job.state == "running":
+                job.look()
+        if self.live:
+            self.live.update(self._table(), refresh=True)
+            return
+        for job in self._changed():
+            print(job.line(), flush=True)
+
+    def _changed(self) -> Iterator[Job]:
+        for job in self.jobs:
+            now = (job.state, job.value)
+            if job.state != "waiting" and self.said.get(job.label) != now:
+                self.said[job.label] = now
+                yield job
+
+    def _table(self) -> Table:
+        table = Table("run", "", "frames", "return", "frames/s", box=None)
+        for job in self.jobs:
+            table.add_row(job.label, job.state, f"{job.frames}/{job.total_frames}", job.value, job.speed)
+        return table
+
+
+def run(args: list[str] | None = None) -> None:
+    """Parse, run all, and print what to type next."""
+    jobs, at_once = plan(args)
+    out = jobs[0].folder
+    for _ in Path(jobs[0].label).parts:
+        out = out.parent
+    print(f"qsm-sweep: {len(jobs)} runs in {out}, {at_once} at a time", flush=True)
+    Sweep(jobs, at_once).run()
+    print(f"next: qsm-report {out} --out report")

@@ -1,0 +1,1 @@
+"""What runs came to: read (``results``), summed up (``statistics``), drawn (``pictures``), written down (``page``)."""

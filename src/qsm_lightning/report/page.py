@@ -1,0 +1,153 @@
+"""A comparison written down: one page that opens from disk, tables in Markdown and CSV, pictures."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from qsm_lightning import durable
+from qsm_lightning.report import pictures
+from qsm_lightning.report.results import Comparison, Result
+from qsm_lightning.report.summary import Row, Summary
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2.2rem } img { max-width: 100% }
+table { border-collapse: collapse; font-size: 13px } th, td { padding: .25rem .8rem .25rem 0; text-align: left }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums } tr { border-bottom: 1px solid #ddd }
+p.note { color: #555; font-size: 13px } .wide { overflow-x: auto }
+"""
+DPI, SHOWN_DPI = 140, 80  # of the pictures, and at which the page shows them
+COLUMNS = ("task", "algorithm", "runs", "frames", "final, IQM [95 %]", "final, mean ± deviation", "best, IQM [95 %]")
+
+
+def cells(row: Row) -> list[str]:
+    """A row of the table as text, in the order of :data:`COLUMNS`. One run has no interval and no deviation."""
+    several = row.runs > 1
+    mean = f"{row.mean:.0f} ± {row.deviation:.0f}" if several else f"{row.mean:.0f}"
+    final, best = (band.text() if several else f"{band.value:.0f}" for band in (row.final, row.best))
+    return [row.env, row.label, str(row.runs), f"{row.frames:,}", final, mean, best]
+
+
+def markdown(summary: Summary) -> str:
+    """The table in Markdown."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, summary.rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def table_csv(summary: Summary) -> str:
+    """The table as CSV, in numbers."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    ends = [f"{kind}_{part}" for kind in ("final", "best") for part in ("iqm", "low", "high")]
+    writer.writerow(["env", "algorithm", "runs", "frames", "final_mean", "final_deviation", *ends])
+    for row in summary.rows:
+        bands = [float(x) for band in (row.final, row.best) for x in (band.value, band.low, band.high)]
+        writer.writerow([row.env, row.label, row.runs, row.frames, row.mean, row.deviation, *bands])
+    return text.getvalue()
+
+
+def evaluations_csv(comparison: Comparison) -> str:
+    """Every evaluation of every run."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["env", "algorithm", "seed", "frames", "return"])
+    for env, by_label in comparison.items():
+        for name, results in by_label.items():
+            for result in results:
+                points = zip(result.frames.astype(int), result.returns, strict=True)
+                writer.writerows([env, name, result.seed, frame, value] for frame, value in points)
+    return text.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return file.getvalue()
+
+
+def _html_table(head: list[str], rows: list[list[str]], numbers: int) -> str:
+    """A table whose columns from number ``numbers`` on are set as numbers."""
+
+    def line(tag: str, values: list[str]) -> str:
+        kinds = [' class="number"' if i >= numbers else "" for i in range(len(values))]
+        return "".join(f"<{tag}{kind}>{html.escape(v)}</{tag}>" for kind, v in zip(kinds, values, strict=True))
+
+    body = "".join(f"<tr>{line('td', row)}</tr>\n" for row in rows)
+    return f'<div class="wide"><table><tr>{line("th", head)}</tr>\n{body}</table></div>\n'
+
+
+def _image(png: bytes, text: str) -> str:
+    width = int.from_bytes(png[16:20], "big") * SHOWN_DPI // DPI  # of a PNG's header
+    content = base64.b64encode(png).decode()
+    return f'<p><img alt="{html.escape(text)}" width="{width}" src="data:image/png;base64,{content}"></p>\n'
+
+
+def _provenance(results: list[Result]) -> str:
+    """Which versions the runs were made with, and where they are."""
+    packages = sorted({package for result in results for package in result.versions})
+    versions = {p: ", ".join(sorted({result.versions.get(p, "unknown") for result in results})) for p in packages}
+    table = _html_table(["package", "versions"], [[*item] for item in versions.items()], 2)
+    places = "".join(f"<li>{html.escape(str(result.run))}</li>\n" for result in results)
+    unknown = "" if packages else "<p>The runs do not say with which versions they were made.</p>\n"
+    return f"{table}{unknown}<details><summary>{len(results)} runs</summary><ul>{places}</ul></details>\n"
+
+
+def page(comparison: Comparison, summary: Summary, images: dict[str, bytes], selector: str, notes: list[str]) -> str:
+    """The page: everything in one file, with nothing loaded from elsewhere."""
+    results = [result for by_label in comparison.values() for each in by_label.values() for result in each]
+    scales = "; ".join(f"{env}: {low:.0f} and {high:.0f}" for env, (low, high) in summary.scale.items())
+    parts = [
+        "<h1>Comparison of runs</h1>\n",
+        f"<p>{len(results)} runs on {len(comparison)} tasks, evaluated with <b>{html.escape(selector)}</b>. "
+        "Curves and tables end where all runs of a task were evaluated. IQM is the interquartile mean over runs; "
+        "bands are 95 % intervals of a stratified bootstrap over runs: of one run there is none, and of few runs they "
+        "are too narrow rather than too wide.</p>\n",
+        "<h2>Learning curves</h2>\n",
+        _image(images["curves"], "evaluation return over frames"),
+        "<h2>Final and best</h2>\n",
+        _html_table(list(COLUMNS), [cells(row) for row in summary.rows], 2),
+        '<p class="note">Final is the last evaluation, best the highest one of each run: chosen after the fact, it is '
+        "above what a policy of that run is worth.</p>\n",
+    ]
+    if "aggregate" in images:
+        parts += [
+            "<h2>All tasks together</h2>\n",
+            f'<p class="note">Returns are scaled so that these count as 0 and 1: {html.escape(scales)}.</p>\n',
+            _image(images["aggregate"], "scaled final return"),
+            _image(images["profiles"], "performance profiles"),
+        ]
+    if "improvement" in images:
+        parts += ["<h2>Probability of improvement</h2>\n", _image(images["improvement"], "probability of improvement")]
+    parts += ["<h2>Made with</h2>\n", _provenance(results)]
+    parts += [f'<p class="note">{html.escape(note)}.</p>\n' for note in notes]
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>Comparison of runs</title>'
+        f"<style>{STYLE}</style>\n<body>\n{''.join(parts)}</body></html>\n"
+    )
+
+
+def write(out: Path, comparison: Comparison, summary: Summary, selector: str, notes: list[str]) -> list[Path]:
+    """Write page, tables and pictures into the folder ``out``; returns their paths, the page first."""
+    figures = {"curves": pictures.learning_curves(summary)}
+    if summary.labels:
+        figures |= {"aggregate": pictures.aggregate(summary), "profiles": pictures.profiles(summary)}
+    if len(summary.labels) > 1:
+        figures["improvement"] = pictures.improvements(summary)
+    images = {name: _png(figure) for name, figure in figures.items()}
+    content = {
+        "index.html": page(comparison, summary, images, selector, notes).encode(),
+        "table.md": markdown(summary).encode(),
+        "table.csv": table_csv(summary).encode(),
+        "evaluations.csv": evaluations_csv(comparison).encode(),
+        **{f"{name}.png": image for name, image in images.items()},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in content.items():
+        durable.write_file(out / name, text)
+    return [out / name for name in content]

@@ -1,0 +1,223 @@
+"""Runs as what they measured: found on disk, told apart by their settings, checked to be comparable, kept."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from qsm_lightning import durable, runs
+from qsm_lightning.checkpoints import MANIFEST
+from qsm_lightning.errors import SettingError, require
+from qsm_lightning.losses import ALGORITHMS
+from qsm_lightning.report.statistics import Array
+
+VERSIONS = "versions.json"
+# What does not change what is learned, or is told on its own.
+NOT_COMPARED = re.compile(
+    r"seed_everything|name|ckpt_path|resume|trust|(checkpoint|metrics|picture)\..*|model\.compile|"
+    r"trainer\.(?!precision|gradient_clip).*|"
+    r"data\.(env|total_frames|eval_.*|storage.*|save_buffer|env_.*|rank_timeout|rounds_per_batch)"
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run's evaluations.
+
+    Args:
+        run: its folder.
+        config: its settings, as resolved by ``qsm-fit``.
+        versions: of the packages that it was made with, as far as they are known.
+        frames: where it was evaluated, [E].
+        returns: mean return of each evaluation, [E].
+    """
+
+    run: Path
+    config: dict[str, Any]
+    versions: dict[str, str]
+    frames: Array
+    returns: Array
+
+    @property
+    def env(self) -> str:
+        """The environment's name."""
+        return str(self.settings["data.env"])
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(self.settings["seed_everything"])
+
+    @property
+    def algorithm(self) -> str:
+        """The name of its loss, or the class if it has none."""
+        path = str(self.settings["model.loss.class_path"])
+        return next((name for name, cls in ALGORITHMS.items() if path.rpartition(".")[2] == cls.__name__), path)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The configuration, flat: model.loss.m_q and so on."""
+        return dict(_flat(self.config))
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, prefix if key == "init_args" else f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def find(path: Path) -> list[Path]:
+    """The folders of runs at or below ``path``.
+
+    Raises:
+        SettingError: when there is none.
+    """
+    found = sorted(config.parent for config in path.rglob(runs.CONFIG) if (config.parent / runs.METRICS).is_file())
+    require(bool(found), f"RUNS has {str(path)!r}: there is no run of qsm-fit at or below it; name one that has")
+    return found
+
+
+def read(run: Path, selector: str, force: bool = False) -> Result | None:
+    """The evaluations with ``selector`` of the run in a folder; None if it has not been evaluated yet.
+
+    Raises:
+        SettingError: when its files cannot be read, or it was evaluated with another selector (unless ``force``).
+    """
+    try:
+        config = yaml.safe_load((run / runs.CONFIG).read_text())
+        evaluated = config["data"]["eval_selector"]
+        with (run / runs.METRICS).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        columns = {key for row in rows for key, value in row.items() if value and key}
+        own = evaluated == selector or (evaluated == "both" and selector == "sample")
+        column = "eval/return" if own else f"eval_{selector}/return"
+        if column not in columns and "eval/return" in columns:
+            require(
+                force,
+                f"{run} was not evaluated with {selector}: choose another --selector, or compare all with --force",
+            )
+            column = "eval/return"
+        points = {int(float(row["step"])): float(row[column]) for row in rows if row.get(column)}
+        result = Result(run, config, _versions(run), *(np.array(list(v), float) for v in (points, points.values())))
+        result.env, result.seed, result.algorithm  # noqa: B018
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, SettingError):
+            raise
+        raise SettingError(f"{run} is not a run of qsm-fit ({error!r}): leave it out") from error
+    return result if points else None
+
+
+def _versions(run: Path) -> dict[str, str]:
+    """Of the packages that a run was made with: kept beside it, or from its newest checkpoint."""
+    if (run / VERSIONS).is_file():
+        return json.loads((run / VERSIONS).read_text())
+    manifests = sorted((run / runs.CHECKPOINTS).glob(f"[0-9]*/{MANIFEST}"))
+    return json.loads(manifests[-1].read_text())["versions"] if manifests else {}
+
+
+def label(results: list[Result]) -> list[str]:
+    """A name for each: its algorithm, and the settings by which its runs in a same environment differ."""
+    names = []
+    differing: dict[str, set[str]] = {}
+    for algorithm in {result.algorithm for result in results}:
+        same = sorted((r for r in results if r.algorithm == algorithm), key=lambda result: result.env)
+        differing[algorithm] = set()
+        for _, members_of in groupby(same, lambda result: result.env):
+            members = [result.settings for result in members_of]
+            keys = {key for member in members for key in member if not NOT_COMPARED.fullmatch(key)}
+            differing[algorithm] |= {k for k in keys if len({repr(m.get(k)) for m in members}) > 1}
+    for result in results:
+        told = sorted(differing[result.algorithm])
+        values = [f"{key.rpartition('.')[2]}={_short(result.settings.get(key))}" for key in told]
+        names.append(" ".join([result.algorithm, *values]))
+    return names
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+Comparison = dict[str, dict[str, list[Result]]]  # environment -> label -> runs, one per seed
+
+
+def compare(labelled: Iterable[tuple[str, Result]], force: bool = False) -> tuple[Comparison, list[str]]:
+    """Runs by environment and label, and sentences on what was left out.
+
+    Raises:
+        SettingError: for two versions of one environment, unless ``force``; for runs without a common evaluation.
+    """
+    comparison: Comparison = {}
+    notes = []
+    for name, result in sorted(labelled, key=lambda pair: (pair[1].env, pair[0], pair[1].seed, -pair[1].frames[-1])):
+        same = comparison.setdefault(result.env, {}).setdefault(name, [])
+        if same and same[-1].seed == result.seed:
+            notes.append(f"{result.run} is left out: {same[-1].run} has the same settings and seed, and is as long")
+        else:
+            same.append(result)
+    for base, group in groupby(sorted(comparison, key=_base), _base):
+        versions = list(group)
+        require(
+            force or len(versions) == 1,
+            f"RUNS has {' and '.join(versions)}: returns of different versions of {base} do not compare; "
+            "leave one out, or insist with --force",
+        )
+    for env, by_label in comparison.items():
+        require(
+            len(common_frames(by_label)) > 0,
+            f"the runs of {env} were never evaluated at the same frame: compare runs with one data.eval_every_frames",
+        )
+    return comparison, notes
+
+
+def _base(env: str) -> str:
+    """The name of an environment without its version and where it comes from."""
+    return re.sub(r"-v\d+$", "", env.removeprefix("envpool:"))
+
+
+def common_frames(by_label: Mapping[str, list[Result]]) -> list[int]:
+    """Where all runs were evaluated, in order."""
+    sets = [set(result.frames.astype(int)) for results in by_label.values() for result in results]
+    return sorted(int(frame) for frame in set.intersection(*sets))
+
+
+def at(results: list[Result], frames: list[int]) -> Array:
+    """The returns of several runs at ``frames``: [runs, frames]."""
+    return np.array([[dict(zip(r.frames.astype(int), r.returns, strict=True))[f] for f in frames] for r in results])
+
+
+def archive(comparison: Comparison, folder: Path) -> None:
+    """Keep each run's settings, versions and evaluations below ``folder``, as a run that can be reported again."""
+    for env, by_label in comparison.items():
+        for name, results in by_label.items():
+            for result in results:
+                place = folder / re.sub(r"[/: ]+", "-", env) / re.sub(r"[/: ]+", "-", name) / f"seed={result.seed}"
+                place.mkdir(parents=True, exist_ok=True)
+                durable.write_file(place / runs.CONFIG, (result.run / runs.CONFIG).read_bytes())
+                durable.write_file(place / VERSIONS, json.dumps(result.versions, indent=2).encode())
+                durable.write_file(place / runs.METRICS, _evaluations(result.run).encode())
+
+
+def _evaluations(run: Path) -> str:
+    """The rows and columns of a run's metrics that are evaluations, as CSV."""
+    with (run / runs.METRICS).open(newline="") as file:
+        reader = csv.DictReader(file)
+        names = ["step", *(name for name in reader.fieldnames or [] if name.startswith("eval"))]
+        rows = [row for row in reader if row.get("eval/return")]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

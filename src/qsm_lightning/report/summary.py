@@ -1,0 +1,113 @@
+"""The figures of a comparison: what the pictures show and the tables hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from qsm_lightning.report.results import Comparison, at, common_frames
+from qsm_lightning.report.statistics import Array, improvement, interval, iqm, share
+
+LEVELS = np.linspace(0, 1, 101)
+
+
+@dataclass(frozen=True)
+class Band:
+    """A quantity with the ends of its 95 % interval, arrays of the same shape."""
+
+    value: Array
+    low: Array
+    high: Array
+
+    def text(self, digits: int = 0) -> str:
+        """``1234 [1200, 1260]``."""
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+def band(function: Callable[..., Array], *samples: Array) -> Band:
+    """``function(*samples)`` with its stratified bootstrap interval."""
+    return Band(np.asarray(function(*samples)), *interval(function, *samples))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One algorithm on one task, at the last frame at which all of the task's runs were evaluated."""
+
+    env: str
+    label: str
+    runs: int
+    frames: int
+    final: Band
+    mean: float
+    deviation: float
+    best: Band
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All figures of a comparison.
+
+    Args:
+        frames: by environment, where curves have points.
+        curves: by environment and label, interquartile mean over runs at ``frames``.
+        rows: the table.
+        scale: by environment, the returns that count as 0 and 1 where tasks are taken together.
+        labels: those with runs in every environment, which can be taken together.
+        aggregate: by label, interquartile mean of scaled final returns over all tasks.
+        profiles: by label, share of runs above each of :data:`LEVELS`.
+        improvements: by ordered pair of labels, probability that a run of the first is above one of the second.
+    """
+
+    frames: dict[str, list[int]]
+    curves: dict[str, dict[str, Band]]
+    rows: list[Row]
+    scale: dict[str, tuple[float, float]]
+    labels: list[str]
+    aggregate: dict[str, Band]
+    profiles: dict[str, Band]
+    improvements: dict[tuple[str, str], Band]
+
+
+def scale_of(env: str, returns: Array) -> tuple[float, float]:
+    """The returns that count as 0 and 1: dm_control's bounds, else the least and greatest of ``returns``."""
+    if env.startswith("dmc:"):
+        return 0.0, 1000.0
+    low, high = float(returns.min()), float(returns.max())
+    return low, high if high > low else low + 1
+
+
+def summarize(comparison: Comparison) -> Summary:
+    """The figures of a comparison, every run with the same weight."""
+    frames = {env: common_frames(by_label) for env, by_label in comparison.items()}
+    curves: dict[str, dict[str, Band]] = {}
+    rows, scale = [], {}
+    final: dict[str, dict[str, Array]] = {}
+    for env, by_label in comparison.items():
+        returns = {name: at(results, frames[env]) for name, results in by_label.items()}  # [runs, frames]
+        curves[env] = {name: band(iqm, sample) for name, sample in returns.items()}
+        low, high = scale[env] = scale_of(env, np.concatenate([sample.ravel() for sample in returns.values()]))
+        for name, sample in returns.items():
+            last = sample[:, -1]
+            bands = band(iqm, last), band(iqm, sample.max(1))
+            rows.append(Row(env, name, len(last), frames[env][-1], bands[0], last.mean(), _deviation(last), bands[1]))
+            final.setdefault(name, {})[env] = (last - low) / (high - low)
+    labels = [name for name, by_env in final.items() if len(by_env) == len(comparison)]
+    samples = {name: [final[name][env] for env in comparison] for name in labels}
+    pairs = [(a, b) for a in labels for b in labels if a != b]
+    return Summary(
+        frames,
+        curves,
+        rows,
+        scale,
+        labels,
+        {name: band(iqm, *samples[name]) for name in labels},
+        {name: band(share, *((x[:, None] > LEVELS).astype(float) for x in samples[name])) for name in labels},
+        {pair: band(improvement, *samples[pair[0]], *samples[pair[1]]) for pair in pairs},
+    )
+
+
+def _deviation(sample: Array) -> float:
+    """Standard deviation over runs; nan of one."""
+    return float(sample.std(ddof=1)) if len(sample) > 1 else float("nan")

@@ -1,0 +1,250 @@
+"""qsm-report: its statistics against brute force, what it reads and refuses, and the page it writes."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from qsm_lightning.commands import report
+from qsm_lightning.errors import SettingError
+from qsm_lightning.report import results
+from qsm_lightning.report.statistics import improvement, interval, iqm, share
+from qsm_lightning.report.summary import LEVELS, summarize
+from tests.helpers import SHRINK
+from tests.processes import trained
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 11])
+def test_interquartile_mean_by_sorting(count: int) -> None:
+    samples = [RNG.normal(size=count), RNG.normal(size=count + 2)]
+    pooled = sorted(np.concatenate(samples))
+    cut = len(pooled) // 4
+    assert iqm(*samples) == pytest.approx(np.mean(pooled[cut : len(pooled) - cut]))
+
+
+def test_improvement_by_counting_pairs() -> None:
+    ours = [np.array([1.0, 2.0, 3.0]), np.array([0.0, 5.0])]
+    theirs = [np.array([2.0, 2.0]), np.array([1.0, 6.0, 7.0])]
+    each = [
+        np.mean([1.0 if x > y else 0.5 if x == y else 0.0 for x in xs for y in ys])
+        for xs, ys in zip(ours, theirs, strict=True)
+    ]
+    assert improvement(*ours, *theirs) == pytest.approx(np.mean(each))
+    assert improvement(*theirs, *ours) == pytest.approx(1 - np.mean(each))
+
+
+def test_the_interval_is_that_of_all_resamples() -> None:
+    """Of 4 runs there are 256 resamples, all as likely: the ends lie between neighbours of the exact percentiles."""
+    sample = np.array([1.0, 2.0, 4.0, 8.0])
+    exact = np.array([iqm(np.array(draw)) for draw in itertools.product(sample, repeat=4)])
+    low, high = interval(iqm, sample)
+    assert np.percentile(exact, 1) <= low <= np.percentile(exact, 4)
+    assert np.percentile(exact, 96) <= high <= np.percentile(exact, 99)
+
+
+def test_resamples_keep_to_their_task() -> None:
+    """Tasks that differ and runs that do not leave nothing to chance; runs of unequal number have their weight."""
+    same = np.full(3, 10.0), np.full(5, 90.0)
+    np.testing.assert_allclose(interval(iqm, *same), iqm(*same))
+    assert share(*same) == pytest.approx((3 * 10 + 5 * 90) / 8)
+
+
+def test_one_run_has_no_interval() -> None:
+    low, high = interval(iqm, np.array([[1.0, 2.0]]))
+    assert np.isnan(low).all()
+    assert low.shape == high.shape == (2,)
+
+
+def test_curves_are_resampled_frame_by_frame() -> None:
+    sample = RNG.normal(size=(5, 3))
+    each = [interval(iqm, sample[:, i]) for i in range(3)]
+    np.testing.assert_allclose(interval(iqm, sample), np.transpose(each))
+
+
+# Runs, written as qsm-fit writes them.
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a real run."""
+    run = trained(tmp_path_factory.mktemp("run"), "--config=pendulum", *SHRINK, "--model.compile=false")
+    found = results.read(run, "sample")
+    assert found is not None
+    assert found.frames.tolist() == [60]
+    assert found.versions["mujoco"], "from its checkpoint"
+    assert results.read(run, "best_of_n") is not None
+    return yaml.safe_load((run / "config.yaml").read_text())
+
+
+@pytest.fixture
+def make(config: dict[str, Any], tmp_path: Path) -> Make:
+    """Write a run with given settings (dotted, under model, data or the top) and returns by frame."""
+
+    def write(name: str, returns: dict[int, float], versions: dict[str, str] | None = None, **settings: Any) -> Path:
+        changed = json.loads(json.dumps(config))
+        for key, value in settings.items():
+            *path, last = key.split("__")
+            node = changed
+            for part in path:
+                node = node[part]
+            node[last] = value
+        run = tmp_path / name
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(yaml.safe_dump(changed))
+        (run / "versions.json").write_text(json.dumps(versions or {"mujoco": "3.17.0"}))
+        with (run / "metrics.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["eval/return", "eval_best_of_n/return", "loss/actor", "step"])
+            writer.writerow(["", "", 0.5, 7])
+            writer.writerows([value, value + 1, "", frame] for frame, value in returns.items())
+        return run
+
+    return write
+
+
+SAC = {"model__loss": {"class_path": "qsm_lightning.losses.SAC", "init_args": {}}}
+
+
+def test_names_tell_what_differs(make: Make) -> None:
+    runs = [
+        make("a", {10: 1}, seed_everything=0, data__total_frames=70),
+        make("b", {10: 1}, seed_everything=1, model__loss__init_args__m_q="auto"),
+        make("c", {10: 1}, **SAC),
+        make("d", {10: 1}, data__env="dmc:walker/walk", model__loss__init_args__m_q=50.0),
+    ]
+    found = [result for run in runs if (result := results.read(run, "sample"))]
+    assert results.label(found) == ["qsm m_q=1", "qsm m_q=auto", "sac", "qsm m_q=50"]
+    assert results.label([found[0], found[2], found[3]]) == ["qsm", "sac", "qsm"], "a task's own setting tells nothing"
+
+
+def test_the_table_ends_where_all_were_evaluated(make: Make, tmp_path: Path) -> None:
+    """And says final and best apart, as numbers that a reader can recompute."""
+    for seed, scale in enumerate((1.0, 2.0, 4.0)):
+        make(f"all/q{seed}", {10: 5 * scale, 20: 9 * scale, 30: 7 * scale, 40: 100}, seed_everything=seed)
+    make("all/s0", {10: 1, 30: 6.0}, seed_everything=0, **SAC)
+    report.run([str(tmp_path / "all"), "--out", str(tmp_path / "out")])
+    with (tmp_path / "out/table.csv").open() as file:
+        qsm, sac = csv.DictReader(file)
+    assert (qsm["algorithm"], qsm["runs"], qsm["frames"]) == ("qsm", "3", "30")
+    finals = [7.0, 14.0, 28.0]
+    assert float(qsm["final_mean"]) == float(qsm["final_iqm"]) == pytest.approx(np.mean(finals))
+    assert float(qsm["final_deviation"]) == pytest.approx(np.std(finals, ddof=1))
+    assert float(qsm["best_iqm"]) == pytest.approx(np.mean(finals)), "20 was not evaluated by all"
+    assert 7 <= float(qsm["final_low"]) < float(qsm["final_iqm"]) < float(qsm["final_high"]) <= 28
+    assert (sac["final_iqm"], sac["final_low"]) == ("6.0", "nan")
+    assert "| Pendulum-v1 | sac | 1 | 30 | 6 | 6 | 6 |" in (tmp_path / "out/table.md").read_text()
+    with (tmp_path / "out/evaluations.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 3 * 4 + 2, "all of them"
+
+
+def test_tasks_are_taken_together_by_scaled_returns(make: Make, tmp_path: Path) -> None:
+    for seed in range(2):
+        make(f"p{seed}", {10: -1500.0, 20: -500.0 - 100 * seed}, seed_everything=seed)
+        make(f"w{seed}", {10: 100.0, 20: 400.0}, seed_everything=seed, data__env="dmc:walker/walk")
+    make("s", {10: -1400.0, 20: -100.0}, **SAC)
+    found = [(results.label([r])[0], r) for f in results.find(tmp_path) if (r := results.read(f, "sample"))]
+    comparison, _ = results.compare(found)
+    summary = summarize(comparison)
+    assert summary.scale == {"Pendulum-v1": (-1500, -100), "dmc:walker/walk": (0, 1000)}
+    assert summary.labels == ["qsm"], "sac has no run on walker"
+    scaled = [1000 / 1400, 900 / 1400, 0.4, 0.4]
+    assert summary.aggregate["qsm"].value == pytest.approx(np.mean(sorted(scaled)[1:3]))
+    expected = [(np.array(scaled) > level).mean() for level in LEVELS]
+    assert summary.profiles["qsm"].value == pytest.approx(expected)
+
+
+def test_the_page_needs_nothing_else(make: Make, tmp_path: Path) -> None:
+    make("q", {10: 1.0, 20: 2.0}, model__loss__init_args__m_q="<auto>")
+    make("q2", {10: 1.0, 20: 2.0}, versions={"mujoco": "3.3.0"})
+    make("s", {10: 1.5, 20: 3.0}, **SAC)
+    report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+    page = (tmp_path / "out/index.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "http" not in page
+    assert page.count("data:image/png;base64,") == 4
+    assert "m_q=&lt;auto&gt;" in page, "settings are escaped"
+    assert "3.17.0, 3.3.0" in page
+
+
+def test_kept_results_are_runs_again(make: Make, tmp_path: Path) -> None:
+    make("runs/q0", {10: 1.0, 20: 2.0})
+    make("runs/q1", {10: 1.0, 20: 4.0}, seed_everything=1)
+    report.run([str(tmp_path / "runs"), "--out", str(tmp_path / "one"), "--archive", str(tmp_path / "kept")])
+    assert "loss/actor" not in (tmp_path / "kept/Pendulum-v1/qsm/seed=1/metrics.csv").read_text()
+    report.run([str(tmp_path / "kept"), "--out", str(tmp_path / "two")])
+    for name in ("table.csv", "evaluations.csv", "curves.png"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_a_name_given_on_the_command_line(make: Make, tmp_path: Path) -> None:
+    make("one=1", {10: 1.0})
+    make("two", {10: 2.0}, seed_everything=1)
+    report.run([f"Ours={tmp_path / 'two'}", str(tmp_path / "one=1"), "--out", str(tmp_path / "out")])
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| Ours | 1 |" in table
+    assert "| qsm | 1 |" in table
+
+
+def test_the_longer_of_two_of_the_same_counts(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("version_0", {10: 1.0})
+    make("version_1", {10: 1.0, 20: 8.0})
+    report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "| qsm | 1 | 20 | 8 |" in said
+    assert "version_0 is left out" in said
+
+
+@pytest.mark.parametrize(
+    ("second", "args", "pattern"),
+    [
+        ({"data__env": "Pendulum-v0"}, [], "Pendulum-v0 and Pendulum-v1.*versions"),
+        ({"data__eval_selector": "best_of_n"}, [], "was not evaluated with sample: choose another --selector"),
+        ({"data__eval_selector": "sample"}, ["gone"], "'gone'.*no run"),
+        ({"model__loss": {}}, [], "is not a run of qsm-fit"),
+        ({}, ["--selector=worst"], "worst"),
+    ],
+)
+def test_what_does_not_compare_is_refused(
+    second: dict[str, Any], args: list[str], pattern: str, make: Make, tmp_path: Path
+) -> None:
+    make("one", {10: 1.0})
+    make("two", {10: 2.0}, seed_everything=1, **second)
+    with pytest.raises(SettingError, match=pattern):
+        report.run([str(tmp_path), *args, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_can_be_insisted_on(make: Make, tmp_path: Path) -> None:
+    make("one", {10: 1.0})
+    make("two", {10: 2.0}, data__env="Pendulum-v0")
+    make("three", {10: 2.0}, seed_everything=1, data__eval_selector="best_of_n")
+    report.run([str(tmp_path), "--force", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out/index.html").is_file()
+
+
+def test_runs_without_a_common_frame_are_refused(make: Make, tmp_path: Path) -> None:
+    make("one", {10: 1.0})
+    make("two", {15: 2.0}, seed_everything=1)
+    with pytest.raises(SettingError, match="Pendulum-v1 were never evaluated at the same frame"):
+        report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def test_a_run_that_was_not_evaluated_yet_is_passed_over(make: Make, tmp_path: Path) -> None:
+    make("one", {})
+    with pytest.raises(SettingError, match="none of the runs has been evaluated"):
+        report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+    make("two", {10: 2.0})
+    report.run([str(tmp_path), "--out", str(tmp_path / "out")])

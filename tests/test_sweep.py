@@ -1,0 +1,129 @@
+"""qsm-sweep: what it runs, how it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qsm_lightning.commands import sweep
+from qsm_lightning.commands.sweep import plan, seeds_of, variants_of
+from qsm_lightning.errors import SettingError
+from tests import faulty_envs
+from tests.compare import assert_same
+from tests.helpers import SHRINK
+from tests.processes import Run, fit
+
+TINY = ["--config=pendulum", *SHRINK, "--model.compile=false", "--picture.every_evaluations=0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("0", [0]), ("0-4", [0, 1, 2, 3, 4]), ("7,0-2", [7, 0, 1, 2]), ("3-3", [3])]
+)
+def test_seeds(text: str, seeds: list[int]) -> None:
+    assert seeds_of(text) == seeds
+
+
+def test_every_combination_of_what_varies() -> None:
+    vary = ["model.loss=qsm,sac", "--model.loss.hidden=[8,8],[16]", "config=dmc/walker_walk"]
+    found = variants_of(vary, [])
+    assert list(found) == [
+        f"loss={loss},hidden={hidden},config=dmc-walker_walk" for loss in ("qsm", "sac") for hidden in ("[8,8]", "[16]")
+    ]
+    assert found["loss=sac,hidden=[8,8],config=dmc-walker_walk"] == [
+        "--model.loss=sac",
+        "--model.loss.hidden=[8,8]",
+        "--config=dmc/walker_walk",
+    ]
+    named = variants_of(["data.utd=1,0.5"], ["fixed=", "auto=--model.loss.m_q auto"])
+    assert list(named) == ["fixed,utd=1", "fixed,utd=0.5", "auto,utd=1", "auto,utd=0.5"]
+    assert named["auto,utd=0.5"] == ["--model.loss.m_q", "auto", "--data.utd=0.5"]
+    assert variants_of([], []) == {"": []}
+
+
+def test_the_plan_has_each_seed_of_all_before_the_next(tmp_path: Path) -> None:
+    jobs, at_once = plan([*TINY, "--vary", "model.loss=qsm,td3", "--seeds=0-1", "--jobs=3", f"--out={tmp_path}"])
+    assert [job.label for job in jobs] == ["loss=qsm/seed=0", "loss=td3/seed=0", "loss=qsm/seed=1", "loss=td3/seed=1"]
+    assert (at_once, jobs[0].total_frames, jobs[0].folder) == (3, 60, tmp_path / "loss=qsm" / "seed=0")
+    assert not any(tmp_path.iterdir()), "planning writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["--seeds=4-0"], "--seeds is '4-0'"),
+        (["--seeds=0,0"], "--seeds.*twice"),
+        (["--seeds=a"], "--seeds is 'a'"),
+        (["--jobs=0"], "--jobs is 0"),
+        (["--vary=model.loss"], "--vary is 'model.loss': write KEY=A,B"),
+        (["--vary=model.loss=sac,sac"], "two variants have the name 'loss=sac'"),
+        (["--variant==x"], "--variant is '=x'"),
+        (["--vary=model.loss=sac,sax"], "no such loss"),
+        (["--vary=data.utd=1,-1"], "data.utd is -1"),
+        (["--name=mine"], "--name is set for each run"),
+        (["--seed_everything", "3"], "--seed_everything is set for each run"),
+        (["--data.env=Hoper-v5"], "Hoper-v5.*did you mean Hopper-v5"),
+        (["--out=file"], "file"),
+    ],
+)
+def test_what_is_refused_before_anything_runs(
+    args: list[str], pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("a file")
+    with pytest.raises(SettingError, match=pattern):
+        plan([*TINY, *args])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interrupted_sweep_goes_on_to_what_it_would_have_been(tmp_path: Path) -> None:
+    """Two runs at a time; a signal in the middle; the same command; the states are those of runs of their own."""
+    args = [*TINY, "--seeds=0-1", "--out=all", "--data.total_frames=120", "--checkpoint.every_frames=10"]
+    first = Run(tmp_path, *args, "--jobs=2", name="qsm-sweep")
+    one = tmp_path / "all/seed=0/version_0/checkpoints"
+    first.until(lambda: one.is_dir() and any(one.glob("0*")), timeout=120)
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 143, first.text
+    assert "the same command goes on" in first.text
+    assert "Traceback" not in first.text
+    second = Run(tmp_path, *args, "--jobs=2", name="qsm-sweep")
+    assert second.wait(240) == 0, second.text
+    assert "seed=0: complete 120/120 return" in second.text
+    assert "next: qsm-report all" in second.text
+    for seed in (0, 1):
+        fit(tmp_path, *TINY, "--data.total_frames=120", "--checkpoint.every_frames=10", f"--seed_everything={seed}")
+        assert_same(tmp_path / f"all/seed={seed}/version_0", tmp_path / f"runs/Pendulum-v1/version_{seed}")
+    third = Run(tmp_path, *args, name="qsm-sweep")
+    assert third.wait() == 0, third.text
+    assert "running" not in third.text, "all is complete"
+    assert len(list((tmp_path / "all").glob("*/version_*"))) == 2
+
+
+def test_a_run_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
+    """Its reason stands in its line and the sweep's status is 3; the same command then completes it."""
+    args = [*TINY, f"--data.env={faulty_envs.NAME}", "--seeds=0-1", "--out=all", "--jobs=1", "--trust"]
+    faulty_envs.plan(tmp_path, "raise", 50)
+    first = Run(tmp_path, *args, name="qsm-sweep")
+    assert first.wait(240) == 3, first.text
+    assert "seed=0: failed (" in first.text
+    assert "seed=1: complete 60/60" in first.text
+    assert "qsm-sweep: 1 of 2 runs failed; see all/seed=0/log.txt" in first.text
+    second = Run(tmp_path, *args, name="qsm-sweep")
+    assert second.wait(240) == 0, second.text
+    assert "seed=0: complete 60/60" in second.text
+
+
+def test_settings_reach_every_run(tmp_path: Path) -> None:
+    done = Run(tmp_path, *TINY, "--variant=small=--model.actor_lr 0.001 --data.utd 0.5", "--seeds=3", name="qsm-sweep")
+    assert done.wait(240) == 0, done.text
+    (run,) = tmp_path.glob("sweeps/pendulum/small/seed=3/version_0")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["model"]["actor_lr"], config["data"]["utd"], config["seed_everything"]) == (0.001, 0.5, 3)
+    manifest = json.loads(next(run.glob("checkpoints/0*/manifest.json")).read_text())
+    assert manifest["frames"] == 60
+    assert sweep.command(plan([*TINY, "--seeds=3", f"--out={tmp_path}/sweeps/pendulum/small"])[0][0])[3].startswith(
+        "--resume="
+    )
