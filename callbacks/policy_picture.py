@@ -33,7 +33,7 @@ class PolicyPicture(Callback):
 
     Args:
         every_evaluations: evaluations between two pictures; 0 for none.
-        states: number of states, taken from the replay buffer at the first picture and kept.
+        states: number of states, taken from the replay buffer, or the dataset, at the first picture and kept.
         samples: actions sampled per state.
     """
 
@@ -64,8 +64,9 @@ class PolicyPicture(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 if self._observations is None:
-                    rows = torch.linspace(0, len(data.buffer) - 1, self.states).long()
-                    self._observations = data.buffer[rows]["observation"].clone()
+                    frames: Any = data.buffer if len(data.buffer) else data.dataset
+                    rows = torch.linspace(0, len(frames) - 1, self.states).long()
+                    self._observations = frames[rows]["observation"].clone()
                 with pl_module.averaged_weights():  # type: ignore[operator]
                     figure = draw_policy(loss, self._observations, self.samples)
                 with contextlib.suppress(OSError):  # a full disk costs a picture

@@ -22,7 +22,8 @@ DMC += ["walker_walk", "walker_run", "quadruped_walk", "humanoid_walk"]
 
 
 def test_all_promised_configurations_are_there() -> None:
-    assert GYM | {f"dmc/{name}" for name in DMC} | {f"algo/{name}" for name in {*ALGORITHMS} - {"qsm"}} == set(NAMES)
+    algorithms = {f"algo/{name}" for name in {*ALGORITHMS} - {"qsm"}}
+    assert GYM | {f"dmc/{name}" for name in DMC} | algorithms | {"algo/qsm_offline"} == set(NAMES)
 
 
 @pytest.mark.parametrize("loss", sorted({*ALGORITHMS} - {"qsm"}))
@@ -53,7 +54,8 @@ def test_a_configuration_trains(
     expected = 120.0 if name in ("dmc/quadruped_walk", "dmc/humanoid_walk") else 1.0 if name == "pendulum" else 50.0
     loss = config["model"]["loss"]
     if name.startswith("algo/"):
-        assert loss["class_path"] == f"qsm_lightning.losses.{ALGORITHMS[name.removeprefix('algo/')].__name__}"
+        algorithm = name.removeprefix("algo/").removesuffix("_offline")
+        assert loss["class_path"] == f"qsm_lightning.losses.{ALGORITHMS[algorithm].__name__}"
     else:
         assert loss["init_args"]["m_q"] == expected
 

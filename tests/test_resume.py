@@ -42,6 +42,7 @@ EXACT = {
     "TD3 between two steps of its policy": (["--model.loss=td3"], [45]),
     "Diffusion-QL": (["--model.loss=diffusion_ql"], [45]),
     "SDAC": (["--model.loss=sdac"], [45]),
+    "DACER": (["--model.loss=dacer", "--model.loss.alpha_every=4", "--model.loss.entropy_samples=5"], [45]),
     "an environment's own state": (["--data.env=tests.fake_envs:Wanderer-v0", "--data.frames_per_batch=3"], [18, 48]),
 }
 

@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -19,7 +19,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl._utils import seed_generator
 from torchrl.envs import EnvBase
 
-from qsm_lightning import durable, launching, runs, sharding
+from qsm_lightning import datasets, durable, launching, runs, sharding
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.collect import Progress, RecentExperience, as_written, make_collector
 from qsm_lightning.compiled import compile_acting
@@ -33,7 +33,7 @@ from qsm_lightning.losses.base import non_finite
 from qsm_lightning.plain import generators_state, load_generators_state
 from qsm_lightning.policy import Policy
 from qsm_lightning.precision import full_precision_on
-from qsm_lightning.replay import Chunk, ReplayArchive, Storage, make_replay_buffer
+from qsm_lightning.replay import Chunk, FrameBuffer, ReplayArchive, Storage, make_replay_buffer
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
 from qsm_lightning.stopping import Stopping
 from qsm_lightning.watch import Watch
@@ -110,6 +110,11 @@ class OffPolicyDataModule(LightningDataModule):
         collector_workers: workers of each rank, unless local.
         collector_max_staleness: gradient updates that weights may be old when the frames they made arrive. From the
             updates of one chunk, the default, workers collect while the learner updates; below they take turns.
+        dataset: transitions to learn from beside those collected: minari:NAME, an .npz or .h5 file in D4RL's layout, or
+            the folder of a run with a saved buffer.
+        offline_frames: the first frames of the run, which are not collected: for each, the updates it is worth are done
+            on the dataset alone. There is no warm-up then.
+        offline_share: share of the dataset in each minibatch, once there are as many other frames as that leaves.
         rounds_per_batch: most rounds in a training batch, after which Lightning calls the callbacks; by default as many
             as have 10 frames on a rank. The run is the same whatever it is. Batches also end where an evaluation or a
             row of metrics is due.
@@ -142,6 +147,9 @@ class OffPolicyDataModule(LightningDataModule):
         collector: Literal["local", "processes", "ray"] = "local",
         collector_workers: int = 2,
         collector_max_staleness: int | None = None,
+        dataset: str | None = None,
+        offline_frames: int = 0,
+        offline_share: float = 0.5,
         rounds_per_batch: int | None = None,
     ) -> None:
         super().__init__()
@@ -170,13 +178,15 @@ class OffPolicyDataModule(LightningDataModule):
             f"data.frames_per_batch is {frames_per_batch}: it must be a multiple of {envs_named}, "
             f"such as {max(1, round((frames_per_batch or 0) / envs)) * envs}",
         )
+        self.warm_up = init_random_frames if offline_frames == 0 else 0
+        self._check_offline(dataset, offline_frames, offline_share, total_frames, collector)
         require(
-            init_random_frames >= batch_size,
+            init_random_frames >= batch_size or offline_frames > 0,
             f"data.batch_size is {batch_size}: it must not exceed the warm-up, data.init_random_frames "
             f"({init_random_frames})",
         )
         require(
-            total_frames > init_random_frames,
+            total_frames > self.warm_up,
             f"data.total_frames is {total_frames}: nothing would be learned, as the warm-up, data.init_random_frames, "
             f"takes {init_random_frames}; give a greater number",
         )
@@ -212,6 +222,8 @@ class OffPolicyDataModule(LightningDataModule):
         self.eval_selectors = SELECTORS if eval_selector == "both" else (eval_selector,)
         self.eval_candidates = eval_candidates
         self.env_restarts = env_restarts
+        self.offline_frames = offline_frames
+        self.offline_share = offline_share
         self.rank_timeout = max(rank_timeout, env_timeout + 10 if env_processes else 0)  # theirs comes first
         self.env_timeout = env_timeout
         self.collector_kind = collector
@@ -223,6 +235,7 @@ class OffPolicyDataModule(LightningDataModule):
         self.env = self._make_env(num_envs)
         self.observation_dim = self.env.observation_spec["observation"].shape[-1]
         self.action_dim = self.env.action_spec.shape[-1]
+        self.dataset = datasets.load(dataset, self.observation_dim, self.action_dim) if dataset else None
         self.progress = Progress()
         self.recent = RecentExperience()
         self.ranks = Ranks()
@@ -235,9 +248,26 @@ class OffPolicyDataModule(LightningDataModule):
         self._chunks: Iterator[TensorDictBase] | None = None
         self._owed: list[TensorDictBase] | None = None
         self._archive: ReplayArchive | None = None
+        self._offline: FrameBuffer | None = None
         self._env_broken = False
         self._env_new = False
         self._generators: dict[str, Any] | None = None
+
+    @staticmethod
+    def _check_offline(dataset: str | None, frames: int, share: float, total_frames: int, collector: str) -> None:
+        require(
+            0 <= frames <= total_frames,
+            f"data.offline_frames is {frames}: it must be between 0 and data.total_frames ({total_frames})",
+        )
+        require(
+            frames == 0 or dataset is not None,
+            f"data.offline_frames is {frames}: there is nothing to learn from; give data.dataset as well",
+        )
+        require(
+            frames == 0 or collector == "local",
+            f"data.offline_frames is {frames}: workers would collect meanwhile; set data.collector to local",
+        )
+        require(0 <= share <= 1, f"data.offline_share is {share}: it must be between 0 and 1")
 
     # What Lightning asks for.
 
@@ -261,6 +291,10 @@ class OffPolicyDataModule(LightningDataModule):
         if self.storage == "memmap":
             self._mapped = self._empty_folder()
         self._make_buffer(self.ranks.share(self.buffer_size))
+        if self.dataset is not None:
+            part = self.dataset[self.ranks.rank :: self.ranks.count]
+            self._offline = make_replay_buffer(len(part), seed=self._seed(Purpose.OFFLINE_SAMPLER))
+            self._offline.extend(part)
 
     def check_ranks(self, count: int) -> None:
         """Raise :class:`SettingError` unless ``count`` processes can share the settings."""
@@ -325,7 +359,7 @@ class OffPolicyDataModule(LightningDataModule):
             self.env,
             policy,
             self.frames_per_batch,
-            self.ranks.share(self.init_random_frames),
+            self.ranks.share(self.warm_up),
         )
         self.collector._frames = self.progress.frames // self.ranks.count
         self._chunks, self._env_new = iter(self.collector), False
@@ -341,7 +375,7 @@ class OffPolicyDataModule(LightningDataModule):
             [(self._seed(Purpose.TRAIN_ENV, w), self._seed(Purpose.NOISE, w)) for w in range(self.collector_workers)],
             self._loss.exploration_policy(),
             frames_per_batch=self.frames_per_batch,
-            init_random_frames=max(0, self.ranks.share(self.init_random_frames - self.progress.frames)),
+            init_random_frames=max(0, self.ranks.share(self.warm_up - self.progress.frames)),
             max_staleness=updates_per_chunk if staleness is None else staleness,
             updates_per_chunk=updates_per_chunk,
             updates=lambda: self.progress.updates,
@@ -457,6 +491,15 @@ class OffPolicyDataModule(LightningDataModule):
         return minibatch if device.type == "cpu" else minibatch.to(device)
 
     def _collect(self) -> list[TensorDictBase]:
+        if self.progress.frames < self.offline_frames:
+            self.progress.frames += self._round
+        else:
+            self._collect_chunk()
+        updates = self.progress.updates_owed(self.utd, self.warm_up)
+        self.progress.updates += updates
+        return [self._sample() for _ in range(updates)]
+
+    def _collect_chunk(self) -> None:
         chunk = self.stopping.together(lambda: self.surviving(self._next_chunk, self._rebuild_env))
         self._env_broken = False
         if self._workers is not None:
@@ -464,9 +507,16 @@ class OffPolicyDataModule(LightningDataModule):
         self.progress.frames += chunk.numel() * self.ranks.count
         self.progress.episodes += self.recent.add(chunk)
         self.buffer.extend(chunk)
-        updates = self.progress.updates_owed(self.utd, self.init_random_frames)
-        self.progress.updates += updates
-        return [self.buffer.sample(self._rank_batch) for _ in range(updates)]
+
+    def _sample(self) -> TensorDictBase:
+        """A minibatch: of what was collected, or with the dataset's share."""
+        if self._offline is None:
+            return self.buffer.sample(self._rank_batch)
+        collected = min(self._rank_batch - round(self.offline_share * self._rank_batch), len(self.buffer))
+        parts = [self._offline.sample(self._rank_batch - collected)]
+        if collected:
+            parts.append(self.buffer.sample(collected))
+        return TensorDict.cat(parts)
 
     @property
     def _rank_batch(self) -> int:
@@ -610,6 +660,8 @@ class OffPolicyDataModule(LightningDataModule):
             "recent": asdict(self.recent),
             "generators": generators_state(),
             "sampler": self.buffer._rng.get_state(),
+            "dataset": self._fingerprint,
+            "offline_sampler": self._offline._rng.get_state() if self._offline is not None else None,
             "replay": [astuple(chunk) for chunk in cast(ReplayArchive, self._archive).chunks] if saved else None,
             "written": self.buffer.write_count,
             "capacity": self.buffer.storage.max_size,
@@ -625,6 +677,11 @@ class OffPolicyDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["ranks"]
+        require(
+            saved[0].get("dataset") == self._fingerprint,
+            f"data.dataset is {self.hparams['dataset']!r}: the checkpoint's run learned from other transitions; give "
+            "the dataset that it was begun with",
+        )
         mine = saved[self.ranks.rank] if len(saved) == self.ranks.count else self._adopted(saved)
         self.progress = Progress(**mine["progress"])
         self.recent = RecentExperience(**mine["recent"])
@@ -637,6 +694,8 @@ class OffPolicyDataModule(LightningDataModule):
         self._load_envs(mine)
         if mine["sampler"] is not None:
             self.buffer._rng.set_state(mine["sampler"])
+        if self._offline is not None and mine["offline_sampler"] is not None:
+            self._offline._rng.set_state(mine["offline_sampler"])
         if mine["owed"] is not None:
             updates, count = mine["owed"]
             self._owed = [minibatch.clone() for minibatch in TensorDict(updates, [count, self._rank_batch])]
@@ -652,6 +711,10 @@ class OffPolicyDataModule(LightningDataModule):
             *(len(saved), self.ranks.count, len(saved)),
         )
         return sharding.adopt(saved, self.ranks)
+
+    @cached_property
+    def _fingerprint(self) -> str | None:
+        return None if self.dataset is None else datasets.fingerprint(self.dataset)
 
     @property
     def _saved_frames(self) -> Path:
@@ -679,7 +742,10 @@ class OffPolicyDataModule(LightningDataModule):
             self.buffer.extend(piece)
 
     def _refill(self) -> None:
-        """Without the frames, updates wait for new ones."""
+        """Without the frames, updates wait for new ones, or go on with the dataset's."""
+        if self.warm_up == 0:
+            self._say("the checkpoint has no replay buffer (data.save_buffer was false): it begins empty")
+            return
         self.progress.refill(self.utd)
         self._say(
             "the checkpoint has no replay buffer (data.save_buffer was false): %d frames are collected "

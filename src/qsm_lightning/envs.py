@@ -8,7 +8,7 @@ float32 vector, ``reward``, ``terminated``, ``truncated`` and ``done`` [..., 1],
 from __future__ import annotations
 
 import difflib
-import importlib.util
+import importlib
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +36,7 @@ from torchrl.envs import (
 )
 
 from qsm_lightning.env_faults import Guarded, ProcessEnv
-from qsm_lightning.errors import EnvironmentFault, SettingError, require
+from qsm_lightning.errors import EnvironmentFault, SettingError, require, require_package
 from qsm_lightning.watch import beat
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -209,10 +209,7 @@ def make_render_env(name: str) -> tuple[EnvBase, Callable[[], np.ndarray]]:
 
 
 def _require_extra(module: str, extra: str, name: str) -> ModuleType:
-    require(
-        importlib.util.find_spec(module) is not None,
-        f"data.env is {name!r}: {module} is not installed; pip install 'qsm-lightning[{extra}]'",
-    )
+    require_package(module, extra, f"data.env is {name!r}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dm_control looks for a display when it is imported
         return importlib.import_module(module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from pathlib import Path
 
@@ -51,3 +52,17 @@ def require_positive(**settings: float) -> None:
     """Raise :class:`SettingError` for the first of ``settings`` that is not above zero."""
     for name, value in settings.items():
         require(value > 0, f"{name.replace('__', '.')} is {value}: it must be greater than 0")
+
+
+def require_package(module: str, extra: str, what: str) -> None:
+    """Raise :class:`SettingError` unless an optional package is installed.
+
+    Args:
+        module: its import name.
+        extra: the extra that installs it.
+        what: the setting that needs it, in words.
+    """
+    require(
+        importlib.util.find_spec(module) is not None,
+        f"{what}: {module} is not installed; pip install 'qsm-lightning[{extra}]'",
+    )

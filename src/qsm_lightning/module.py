@@ -272,7 +272,7 @@ class OffPolicyModule(LightningModule):
             SettingError: when they cannot be and ``compile`` is true.
         """
         wanted = self.hparams["compile"]
-        updates = as_written(data.utd) * (data.total_frames - data.init_random_frames)
+        updates = as_written(data.utd) * (data.total_frames - data.warm_up)
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if wanted is False or (wanted == "auto" and (updates < WORTHWHILE_UPDATES or not on_cpu)):
             return False

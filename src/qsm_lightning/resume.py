@@ -21,10 +21,13 @@ FREE = {
     *("eval_every_frames", "eval_episodes", "eval_selector", "eval_candidates"),
     *("env_processes", "env_timeout", "env_restarts", "rank_timeout"),
     *("collector", "collector_workers", "collector_max_staleness"),
+    "dataset",  # whose content is what counts
 }
 
 # What settings are in checkpoints from before there were these settings.
 BEFORE = {
+    "data.offline_frames": 0,
+    "data.offline_share": 0.5,
     "model.ema": None,
     "model.loss.batch_temperature": 0.1,
     "model.loss.bc_coef": 0.0,

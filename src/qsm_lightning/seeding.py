@@ -19,6 +19,9 @@ class Purpose(IntEnum):
     EVAL_NOISE = 4
     REPORT_ENV = 5
     REPORT_NOISE = 6
+    OFFLINE_SAMPLER = 7
+    DATASET_ENV = 8
+    DATASET_NOISE = 9
 
 
 def derive_seed(seed: int, rank: int, purpose: Purpose, *path: int) -> int:

@@ -25,7 +25,11 @@ def adopt(saved: list[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
         saved: the states of all ranks, as :meth:`OffPolicyDataModule.state_dict` has them.
         ranks: the ranks there are now.
     """
-    mine = saved[ranks.rank] if ranks.rank < len(saved) else saved[0] | dict.fromkeys(("generators", "sampler", "envs"))
+    mine = (
+        saved[ranks.rank]
+        if ranks.rank < len(saved)
+        else saved[0] | dict.fromkeys(("generators", "sampler", "offline_sampler", "envs"))
+    )
     heirs = saved[ranks.rank :: ranks.count]
     counts = {
         "episodes": sum(one["progress"]["episodes"] for one in heirs),

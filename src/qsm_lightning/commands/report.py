@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 from qsm_lightning.commands.base import Parser, run_command
-from qsm_lightning.errors import require
+from qsm_lightning.errors import require, require_package
 from qsm_lightning.runs import check_writable
 
 EPILOG = """
@@ -47,10 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 def run(args: list[str] | None = None) -> None:
     """Parse, read, sum up and write."""
     options = _parser().parse_args(args)
-    require(
-        importlib.util.find_spec("scipy") is not None,
-        "qsm-report needs the package scipy: pip install 'qsm-lightning[report]'",
-    )
+    require_package("scipy", "report", "qsm-report")
     from qsm_lightning.report import page, results
     from qsm_lightning.report.results import Result
     from qsm_lightning.report.summary import summarize

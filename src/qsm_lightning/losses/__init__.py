@@ -1,6 +1,7 @@
 """One file per algorithm. Each loss is a TorchRL ``LossModule``: no optimizer, no logging, no Trainer."""
 
 from qsm_lightning.losses.base import OffPolicyLoss
+from qsm_lightning.losses.dacer import DACER
 from qsm_lightning.losses.diffusion import DiffusionLoss
 from qsm_lightning.losses.diffusion_ql import DiffusionQL
 from qsm_lightning.losses.qsm import QSM, QSMLoss
@@ -11,10 +12,22 @@ from qsm_lightning.losses.td3 import TD3
 # What ``--model.loss`` takes besides a class path.
 ALGORITHMS: dict[str, type[OffPolicyLoss]] = {
     "qsm": QSM,
+    "dacer": DACER,
     "diffusion_ql": DiffusionQL,
     "sac": SAC,
     "sdac": SDAC,
     "td3": TD3,
 }
 
-__all__ = ["ALGORITHMS", "QSM", "SAC", "SDAC", "TD3", "DiffusionLoss", "DiffusionQL", "OffPolicyLoss", "QSMLoss"]
+__all__ = [
+    "DACER",
+    "ALGORITHMS",
+    "QSM",
+    "SAC",
+    "SDAC",
+    "TD3",
+    "DiffusionLoss",
+    "DiffusionQL",
+    "OffPolicyLoss",
+    "QSMLoss",
+]

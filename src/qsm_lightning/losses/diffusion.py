@@ -5,7 +5,7 @@ Subclasses give the denoiser's loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Literal
 
@@ -149,6 +149,13 @@ class DiffusionLoss(OffPolicyLoss):
         if selector == "best_of_n":
             return BestOfNPolicy(self.sampler, self.critics, n)
         return DiffusionPolicy(self.sampler)
+
+
+def climb(value: Callable[[Tensor], Tensor], action: Tensor) -> Tensor:
+    """``value(action)``, a scalar: its gradient reaches what made the action, and not the critics in ``value``."""
+    with torch.no_grad():
+        g, q = torch.func.grad_and_value(value)(action.detach())
+    return q + (g * (action - action.detach())).sum()
 
 
 def networks(

@@ -19,7 +19,7 @@ from torch import Tensor
 from qsm_lightning.distributed import batch_mean
 from qsm_lightning.errors import require
 from qsm_lightning.losses.base import Metrics, polyak_update
-from qsm_lightning.losses.diffusion import DiffusionLoss, networks
+from qsm_lightning.losses.diffusion import DiffusionLoss, climb, networks
 from qsm_lightning.networks import eps_given
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
@@ -36,7 +36,7 @@ class DiffusionQL(DiffusionLoss):
         time_dim: number of Fourier features of the time index, even.
         schedule: noise schedule: vp, cosine or linear.
         T: number of denoising steps, at least 1.
-        eta: weight of the critics against behaviour cloning.
+        eta: weight of the critics against behaviour cloning; 1 where a dataset is to be stayed close to.
         max_q_backup: sampled next actions of which the TD target takes the best, for each critic; 1 for no choice.
         **settings: the settings of :class:`DiffusionLoss`.
 
@@ -54,7 +54,7 @@ class DiffusionQL(DiffusionLoss):
         time_dim: int = 64,
         schedule: ScheduleName = "vp",
         T: int = 5,
-        eta: float = 1.0,
+        eta: float = 200.0,
         max_q_backup: int = 1,
         **settings: Any,
     ) -> None:
@@ -100,9 +100,7 @@ class DiffusionQL(DiffusionLoss):
             own, other = q.mean(1), sizes.flip(0)
             return torch.where(first, own[0] / other[0], own[1] / other[1])
 
-        with torch.no_grad():
-            g, q = torch.func.grad_and_value(value)(action.detach())
-        return -(q + (g * (action - action.detach())).sum())
+        return -climb(value, action)
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """Cloning plus eta times climbing on a replay batch [B]."""

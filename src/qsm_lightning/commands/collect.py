@@ -1,0 +1,93 @@
+"""``qsm-collect``: transitions of a trained policy, for others to learn from."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from pathlib import Path
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+from qsm_lightning import datasets, runs
+from qsm_lightning.collect import RecentExperience, make_collector
+from qsm_lightning.commands.base import Parser, run_command
+from qsm_lightning.commands.trained import Trained, add_checkpoint, load
+from qsm_lightning.envs import make_env
+from qsm_lightning.errors import require
+from qsm_lightning.replay import FRAME_KEYS
+from qsm_lightning.seeding import Purpose, derive_seed
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``qsm-collect``. See ``qsm-collect --help``."""
+    run_command("qsm-collect", lambda: run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        "qsm-collect",
+        description="Collect transitions with a trained policy into a file in D4RL's layout, for data.dataset.",
+    )
+    add_checkpoint(parser)
+    parser.add_argument("--frames", type=int, required=True, help="number of transitions")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help="file to write")
+    parser.add_argument(
+        "--actions",
+        choices=("sample", "best_of_n", "exploration"),
+        default="sample",
+        help="one sample a step, the best of 32 by Q, or as in training (sample)",
+    )
+    parser.add_argument("--random", type=float, default=0.0, help="share of frames with uniform random actions (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of starts and noise (0)")
+    return parser
+
+
+def collect(
+    trained: Trained, frames: int, actions: str = "sample", random: float = 0.0, seed: int = 0
+) -> tuple[TensorDictBase, RecentExperience]:
+    """Frames [frames] of a trained policy, in the order of time, and what episodes ended in them.
+
+    Args:
+        trained: whose policy and environment.
+        frames: how many.
+        actions: ``exploration``, or a selector of the evaluation.
+        random: share of the frames, the first, that have uniform random actions.
+        seed: of starts and noise.
+    """
+    loss = trained.module.loss
+    policy = loss.exploration_policy() if actions == "exploration" else loss.evaluation_policy(actions)
+    env = make_env(trained.env)
+    seen, chunks = RecentExperience(), []
+    with torch.random.fork_rng(), trained.module.averaged_weights():
+        torch.manual_seed(derive_seed(seed, 0, Purpose.DATASET_NOISE))
+        env.set_seed(derive_seed(seed, 0, Purpose.DATASET_ENV))
+        collector = make_collector(env, policy, 1, round(random * frames))
+        for chunk in itertools.islice(collector, frames):
+            seen.add(chunk)
+            chunks.append(chunk.select(*FRAME_KEYS).clone())
+    env.close()
+    return TensorDict.cat(chunks), seen
+
+
+def run(args: list[str] | None = None) -> None:
+    """Parse, collect, write and say what it is."""
+    options = _parser().parse_args(args)
+    require(options.frames > 0, f"--frames is {options.frames}: it must be greater than 0")
+    require(0 <= options.random <= 1, f"--random is {options.random}: it must be between 0 and 1")
+    require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
+    require(options.out.suffix == ".npz", f"--out is {str(options.out)!r}: give a file that ends in .npz")
+    runs.check_writable(options.out.parent)
+    trained = load(options.checkpoint, options.trust)
+    selectors = (*trained.module.loss.selectors, "exploration")
+    require(
+        options.actions in selectors,
+        f"--actions is {options.actions}: {type(trained.module.loss).__name__} has {' and '.join(selectors)}",
+    )
+    frames, seen = collect(trained, options.frames, options.actions, options.random, options.seed)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    datasets.save_npz(options.out, frames)
+    print(f"checkpoint: {trained.name}\nenv: {trained.env}\nframes: {len(frames)}\nepisodes: {len(seen.returns)}")
+    if seen.returns:
+        print(f"mean return: {sum(seen.returns) / len(seen.returns):.2f}")
+    print(f"dataset: {options.out}")

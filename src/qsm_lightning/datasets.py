@@ -1,0 +1,232 @@
+"""Transitions that others have collected: Minari's datasets, files in D4RL's layout, and buffers of our own runs."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+
+from qsm_lightning import checkpoints, durable, runs
+from qsm_lightning.checkpoints import Checkpoint
+from qsm_lightning.errors import SettingError, require, require_package
+from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive
+
+Arrays = Mapping[str, np.ndarray]
+MINARI = "minari:"
+NEEDED = ("observations", "actions", "rewards", "terminals")
+
+
+def load(source: str, observation_dim: int, action_dim: int) -> TensorDict:
+    """The frames [N] of a dataset, with the keys of the replay buffer.
+
+    Args:
+        source: ``minari:`` and the name of a dataset; a file, .npz, .h5 or .hdf5, in D4RL's layout; the folder of a run
+            or a checkpoint with a saved buffer.
+        observation_dim: O of the environment.
+        action_dim: A of the environment; actions are in [-1, 1], to which those of Minari are scaled.
+
+    Raises:
+        SettingError: when there is no such dataset, or it does not fit the environment.
+    """
+    if source.startswith(MINARI):
+        frames = _minari(source.removeprefix(MINARI))
+    elif Path(source).is_dir():
+        frames = _replay(Path(source))
+    else:
+        frames = from_d4rl(_file(Path(source)), source)
+    _check(frames, source, observation_dim, action_dim)
+    return frames
+
+
+def fingerprint(frames: TensorDictBase) -> str:
+    """A hash of the content."""
+    digest = hashlib.sha256()
+    for key in FRAME_KEYS:
+        digest.update(frames[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check(frames: TensorDictBase, source: str, observation_dim: int, action_dim: int) -> None:
+    require(len(frames) > 0, f"data.dataset is {source!r}: it has no transitions; choose another")
+    sizes: list[tuple[NestedKey, int]] = [
+        ("observation", observation_dim), ("action", action_dim), (("next", "observation"), observation_dim)
+    ]  # fmt: skip
+    for key, width in sizes:
+        what = "observations" if "observation" in key else "actions"
+        require(
+            frames[key].ndim == 2 and frames[key].shape[1] == width,
+            f"data.dataset is {source!r}: its {what} have the shape {list(frames[key].shape[1:])}, and data.env has "
+            f"[{width}]; choose the dataset of this environment",
+        )
+    for key in FRAME_KEYS:
+        name = key if isinstance(key, str) else " ".join(key)
+        value = frames[key]
+        require(
+            not value.is_floating_point() or bool(value.isfinite().all()),
+            f"data.dataset is {source!r}: {name} has NaN or infinite values; leave these transitions out",
+        )
+    largest = frames["action"].abs().max().item()
+    require(
+        largest <= 1 + 1e-5,
+        f"data.dataset is {source!r}: it has actions up to {largest:.4g}, and they must be in [-1, 1]; divide them by "
+        "the bounds of the environment's actions",
+    )
+    frames["action"].clamp_(-1, 1)
+
+
+def from_d4rl(arrays: Arrays, source: str = "dataset") -> TensorDict:
+    """Frames from arrays in D4RL's layout.
+
+    Args:
+        arrays: observations [N, O], actions [N, A], rewards [N], terminals [N]; timeouts [N] and next_observations
+            [N, O] where they are known. Without the latter, the next observation is the one that follows in the file,
+            and the last frame of an episode that was not terminated is left out.
+        source: what messages call it.
+
+    Raises:
+        SettingError: when an array is missing, or is of another length.
+    """
+    missing = [name for name in NEEDED if name not in arrays]
+    require(not missing, f"data.dataset is {source!r}: it has no {', '.join(missing)}; D4RL's layout is needed")
+    count = len(arrays["observations"])
+    present = [name for name in (*NEEDED, "timeouts", "next_observations") if name in arrays]
+    lengths = {name: len(arrays[name]) for name in present}
+    require(
+        len(set(lengths.values())) == 1,
+        f"data.dataset is {source!r}: its arrays differ in length ({lengths}); each must have an entry per transition",
+    )
+    terminated = arrays["terminals"].astype(bool).reshape(count, 1)
+    ended = terminated | arrays.get("timeouts", np.zeros(count)).astype(bool).reshape(count, 1)
+    observation = arrays["observations"]
+    kept: slice | np.ndarray = slice(None)
+    if "next_observations" in arrays:
+        following = arrays["next_observations"]
+    else:
+        following = np.concatenate([observation[1:], observation[-1:]])
+        known = terminated[:, 0] | ~ended[:, 0]  # what follows a terminal state is never asked for
+        known[-1:] &= terminated[-1:, 0]
+        kept = np.flatnonzero(known)
+    columns = (observation, arrays["actions"], arrays["rewards"].reshape(count, 1), following, terminated, ended)
+    return _frames(*(column[kept] for column in columns))
+
+
+def _frames(
+    observation: np.ndarray,
+    action: np.ndarray,
+    reward: np.ndarray,
+    following: np.ndarray,
+    terminated: np.ndarray,
+    done: np.ndarray,
+) -> TensorDict:
+    def floats(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(array, np.float32))
+
+    after = {
+        "observation": floats(following),
+        "reward": floats(reward),
+        "terminated": torch.from_numpy(np.array(terminated, bool)),
+        "done": torch.from_numpy(np.array(done, bool)),
+    }
+    count = [len(observation)]
+    return TensorDict(
+        {"observation": floats(observation), "action": floats(action), "next": TensorDict(after, count)}, count
+    )
+
+
+def _file(path: Path) -> Arrays:
+    """The arrays of an .npz or HDF5 file."""
+    require(
+        path.suffix in (".npz", ".h5", ".hdf5"),
+        f"data.dataset is {str(path)!r}: give an .npz, .h5 or .hdf5 file, a run's folder, or minari:NAME",
+    )
+    require(path.is_file(), f"data.dataset is {str(path)!r}: there is no such file")
+    names = (*NEEDED, "timeouts", "next_observations")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as file:  # arrays alone: pickled objects are refused
+                return {name: file[name] for name in names if name in file}
+        h5py = _package("h5py")
+        with h5py.File(path) as file:
+            return {name: file[name][()] for name in names if name in file}
+    except (OSError, ValueError, EOFError) as error:
+        what = " ".join(str(error).split())
+        raise SettingError(f"data.dataset is {str(path)!r}: it cannot be read ({what}); choose another") from error
+
+
+def _minari(name: str) -> TensorDict:
+    """A Minari dataset, downloaded if it is not there."""
+    minari = _package("minari")
+    try:
+        dataset = minari.load_dataset(name, download=True)
+    except Exception as error:  # of many kinds, by where it looks
+        what = " ".join(str(error).split())
+        raise SettingError(
+            f"data.dataset is 'minari:{name}': Minari cannot load it ({what}); see minari.list_remote_datasets()"
+        ) from error
+    low, high = dataset.action_space.low, dataset.action_space.high
+    pieces = []
+    for episode in dataset.iterate_episodes():
+        observation = _flat(episode.observations)
+        terminated = np.asarray(episode.terminations, bool)[:, None]
+        done = terminated | np.asarray(episode.truncations, bool)[:, None]
+        action = 2 * (np.asarray(episode.actions) - low) / (high - low) - 1
+        pieces.append(
+            _frames(observation[:-1], action, np.asarray(episode.rewards)[:, None], observation[1:], terminated, done)
+        )
+    require(bool(pieces), f"data.dataset is 'minari:{name}': it has no transitions; choose another")
+    return TensorDict.cat(pieces)
+
+
+def _flat(observations: Any) -> np.ndarray:
+    """Observations [T, O], of a dictionary in the order of its sorted keys, as gymnasium flattens them."""
+    if isinstance(observations, Mapping):
+        return np.concatenate([_flat(observations[key]) for key in sorted(observations)], -1)
+    return np.asarray(observations).reshape(len(observations), -1)
+
+
+def _package(name: str) -> Any:
+    require_package(name, "offline", "data.dataset is of its kind")
+    return importlib.import_module(name)
+
+
+def _replay(folder: Path) -> TensorDict:
+    """The saved buffer of a run's newest checkpoint, or of the one named; of all its processes."""
+    saved = [Checkpoint(folder)] if (folder / checkpoints.MANIFEST).is_file() else []
+    saved = saved or checkpoints.complete(folder / runs.CHECKPOINTS)
+    require(
+        bool(saved), f"data.dataset is {str(folder)!r}: it is neither a run with a checkpoint nor a checkpoint's folder"
+    )
+    state = checkpoints.load(saved[-1].state)
+    ranks = state["OffPolicyDataModule"]["ranks"]
+    pieces = []
+    for number, rank in enumerate(ranks):
+        oldest = max(0, rank["written"] - rank["capacity"])
+        for chunk in (Chunk(*fields) for fields in rank["replay"] or []):
+            pieces.append(ReplayArchive(saved[-1].replay, number).read(chunk)[max(0, oldest - chunk.first) :])
+    require(bool(pieces), f"data.dataset is {str(folder)!r}: its replay buffer was not saved (data.save_buffer)")
+    return TensorDict.cat(pieces)
+
+
+def save_npz(path: Path, frames: TensorDictBase) -> None:
+    """Write frames [N] in D4RL's layout, next_observations and timeouts included; whole or not at all."""
+    following = frames["next"]
+    terminated = following["terminated"].squeeze(-1)
+    file = io.BytesIO()
+    np.savez_compressed(
+        file,
+        observations=frames["observation"].numpy(),
+        actions=frames["action"].numpy(),
+        rewards=following["reward"].squeeze(-1).numpy(),
+        terminals=terminated.numpy(),
+        timeouts=(following["done"].squeeze(-1) & ~terminated).numpy(),
+        next_observations=following["observation"].numpy(),
+    )
+    durable.write_file(path, file.getvalue())

@@ -1,0 +1,308 @@
+"""Learning from datasets: what is read from each kind, what reaches the updates, and going on online."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from benchmarks.training import quiet_trainer
+from tensordict import TensorDict, TensorDictBase
+
+from qsm_lightning import checkpoints, datasets
+from qsm_lightning.commands import collect
+from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.errors import SettingError
+from qsm_lightning.losses import QSM
+from qsm_lightning.module import OffPolicyModule
+from qsm_lightning.replay import FRAME_KEYS
+from tests.compare import assert_same, state
+from tests.fake_envs import Clock
+from tests.helpers import SHRINK, has, replay_batch
+from tests.processes import fit, trained
+
+CLOCK = "tests.fake_envs:Clock-v0"
+MARK = -77.0  # an observation that the environment does not give
+RNG = np.random.default_rng(0)
+
+
+def arrays(count: int = 12, observation_dim: int = 2, action_dim: int = 1) -> dict[str, np.ndarray]:
+    """Random transitions in D4RL's layout: the fifth ends an episode in a terminal state, the eighth by time."""
+    ends = np.arange(1, count + 1)
+    return {
+        "observations": RNG.normal(size=(count, observation_dim)).astype(np.float32),
+        "actions": RNG.uniform(-1, 1, (count, action_dim)).astype(np.float32),
+        "rewards": RNG.normal(size=count).astype(np.float32),
+        "terminals": ends == 5,
+        "timeouts": ends == 8,
+    }
+
+
+def equal(one: TensorDictBase, two: TensorDictBase) -> bool:
+    return len(one) == len(two) and all(torch.equal(one[key], two[key]) for key in FRAME_KEYS)
+
+
+# Reading.
+
+
+def test_what_follows_is_what_comes_next_in_the_episode() -> None:
+    """Transition by transition, by hand: the eighth has no known successor, and nor has the last."""
+    raw = arrays()
+    frames = datasets.from_d4rl(raw)
+    kept = [0, 1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert len(frames) == len(kept)
+    for row, i in zip(frames, kept, strict=True):
+        assert torch.equal(row["observation"], torch.tensor(raw["observations"][i]))
+        assert torch.equal(row["action"], torch.tensor(raw["actions"][i]))
+        assert row["next", "reward"].item() == raw["rewards"][i]
+        assert row["next", "terminated"].item() == row["next", "done"].item() == (i == 4)
+        if i != 4:
+            assert torch.equal(row["next", "observation"], torch.tensor(raw["observations"][i + 1]))
+
+
+def test_given_successors_are_taken_and_keep_every_transition() -> None:
+    raw = arrays() | {"next_observations": RNG.normal(size=(12, 2)).astype(np.float32)}
+    frames = datasets.from_d4rl(raw)
+    assert torch.equal(frames["next", "observation"], torch.tensor(raw["next_observations"]))
+    assert frames["next", "done"].squeeze(-1).nonzero().flatten().tolist() == [4, 7]
+    assert frames["next", "terminated"].squeeze(-1).nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("kind", ["npz", "h5"])
+def test_a_file_gives_what_its_arrays_do(kind: str, tmp_path: Path) -> None:
+    raw, path = arrays(), tmp_path / f"data.{kind}"
+    if kind == "npz":
+        np.savez(path, **raw)  # type: ignore[arg-type]
+    else:
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            for name, value in raw.items():
+                file[name] = value
+    assert equal(datasets.load(str(path), 2, 1), datasets.from_d4rl(raw))
+
+
+def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
+    frames = replay_batch(20)
+    datasets.save_npz(tmp_path / "data.npz", frames)
+    assert equal(datasets.load(str(tmp_path / "data.npz"), 3, 2), frames)
+
+
+@pytest.mark.skipif(not has("minari"), reason="the extra offline is not installed")
+@pytest.mark.parametrize("kind", ["vector", "dictionary"])
+def test_a_minari_dataset(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two episodes written with Minari itself, actions in the environment's own bounds, [-2, 6]."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    box = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    space: gym.Space[Any] = Clock.observation_space
+    if kind == "dictionary":
+        space = gym.spaces.Dict({"step": box, "episode": box})
+    buffers, expected = [], []
+    for length, terminated in ((3, True), (2, False)):
+        seen = RNG.normal(size=(length + 1, 2))
+        action = RNG.uniform(-2, 6, (length, 1)).astype(np.float32)
+        ends = np.arange(length) == length - 1
+        observations: Any = seen if kind == "vector" else {"episode": seen[:, :1], "step": seen[:, 1:]}
+        reward = RNG.normal(size=length)
+        buffers.append(
+            EpisodeBuffer(
+                observations=observations,
+                actions=action,
+                rewards=list(reward),
+                terminations=list(ends & terminated),
+                truncations=list(ends & (not terminated)),
+            )
+        )
+        scaled = {"observations": seen[:-1], "actions": (action - 2) / 4, "next_observations": seen[1:]}
+        timeouts = ends & (not terminated)
+        expected.append(
+            datasets.from_d4rl({**scaled, "rewards": reward, "terminals": ends & terminated, "timeouts": timeouts})
+        )
+    minari.create_dataset_from_buffers(
+        "clock/test-v0", buffers, observation_space=space, action_space=Clock.action_space
+    )
+    found, wanted = datasets.load("minari:clock/test-v0", 2, 1), TensorDict.cat(expected)
+    for key in FRAME_KEYS:
+        torch.testing.assert_close(found[key], wanted[key])
+
+
+def test_the_saved_buffer_of_a_run(tmp_path: Path) -> None:
+    run = trained(tmp_path, "--config=pendulum", *SHRINK, "--data.buffer_size=50", "--model.compile=false")
+    saved = TensorDict(state(run)["OffPolicyDataModule"]["ranks"][0]["replay"], [50]).unflatten_keys(".")
+    for folder in (run, next((run / "checkpoints").glob("0*"))):
+        assert equal(datasets.load(str(folder), 3, 1), saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "pattern"),
+    [
+        ({"rewards": None}, "has no rewards; D4RL's layout"),
+        ({"rewards": np.zeros(3)}, "differ in length"),
+        ({"observations": np.zeros((12, 5))}, r"observations have the shape \[5\], and data.env has \[2\]"),
+        ({"actions": np.zeros((12, 2))}, r"actions have the shape \[2\], and data.env has \[1\]"),
+        ({"actions": np.full((12, 1), 2.0)}, r"actions up to 2, and they must be in \[-1, 1\]"),
+        ({"rewards": np.full(12, np.nan)}, "next reward has NaN"),
+        ({"terminals": np.zeros(12), "timeouts": np.ones(12)}, "no transitions"),
+        ({"rewards": np.array([None] * 12)}, "cannot be read"),
+    ],
+)
+def test_a_dataset_that_does_not_fit_is_refused(change: dict[str, Any], pattern: str, tmp_path: Path) -> None:
+    raw = {name: value for name, value in (arrays() | change).items() if value is not None}
+    np.savez(tmp_path / "data.npz", **raw)
+    with pytest.raises(SettingError, match=pattern):
+        OffPolicyDataModule(CLOCK, dataset=str(tmp_path / "data.npz"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "pattern"),
+    [
+        ({"dataset": "gone.npz"}, "'gone.npz': there is no such file"),
+        ({"dataset": "data.csv"}, "give an .npz, .h5 or .hdf5 file"),
+        ({"dataset": "text.npz"}, "'text.npz': it cannot be read"),
+        ({"dataset": "empty"}, "'empty': it is neither a run"),
+        ({"dataset": "good.npz", "offline_share": 1.5}, "data.offline_share is 1.5"),
+        ({"dataset": "good.npz", "offline_frames": -1}, "data.offline_frames is -1"),
+        ({"dataset": "good.npz", "offline_frames": 2_000_000}, "data.offline_frames is 2000000.*total_frames"),
+        ({"offline_frames": 10}, "data.offline_frames is 10.*give data.dataset"),
+        ({"dataset": "good.npz", "offline_frames": 10, "collector": "processes"}, "set data.collector to local"),
+    ],
+)
+def test_settings_of_datasets(
+    settings: dict[str, Any], pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("text.npz").write_text("text")
+    np.savez("good.npz", **arrays())  # type: ignore[arg-type]
+    with pytest.raises(SettingError, match=pattern):
+        OffPolicyDataModule(CLOCK, **settings)
+
+
+# Training.
+
+
+class Seen(QSM):
+    """Notes how many frames of each minibatch are marked."""
+
+    marked: list[int]
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> Any:
+        self.marked.append(int((tensordict["observation"][:, 0] == MARK).sum()))
+        return super().qvalue_loss(tensordict)
+
+
+def test_offline_first_and_then_a_fixed_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step of the environment in the first 20 frames; then as many frames of its own as there are, up to 6 of 8."""
+    raw = arrays(100)
+    raw["observations"][:, 0] = MARK
+    np.savez(tmp_path / "data.npz", **raw)  # type: ignore[arg-type]
+    marked: list[int] = []
+    steps: list[int] = []
+    monkeypatch.setattr(Seen, "marked", marked, raising=False)
+    step = Clock.step
+
+    def noted(self: Clock, action: np.ndarray) -> Any:
+        steps.append(len(marked))
+        return step(self, action)
+
+    monkeypatch.setattr(Clock, "step", noted)
+    data = OffPolicyDataModule(
+        CLOCK,
+        total_frames=30,
+        batch_size=8,
+        utd=2,
+        dataset=str(tmp_path / "data.npz"),
+        offline_frames=20,
+        offline_share=0.25,
+        eval_every_frames=30,
+        eval_episodes=1,
+    )
+    quiet_trainer(tmp_path).fit(OffPolicyModule(2, 1, partial(Seen, hidden=(8,), time_dim=4, T=2)), data)
+    online = [8 - min(6, frame) for frame in range(1, 11) for _ in range(2)]
+    assert marked == [8] * 40 + online, "two updates a frame, from the first frame on"
+    assert min(steps) == 40, "before the last offline update"
+    assert len(data.buffer) == 10
+
+
+def test_a_dataset_without_an_offline_phase_keeps_the_warm_up(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **arrays(100))  # type: ignore[arg-type]
+    settings = {"dataset": str(tmp_path / "data.npz"), "eval_every_frames": 40, "eval_episodes": 1}
+    data = OffPolicyDataModule(CLOCK, total_frames=40, batch_size=8, init_random_frames=30, **settings)  # type: ignore[arg-type]
+    quiet_trainer(tmp_path).fit(OffPolicyModule(2, 1, partial(QSM, hidden=(8,), time_dim=4, T=2)), data)
+    assert (data.progress.updates, len(data.buffer)) == (10, 40)
+
+
+def test_going_on_offline_and_online_is_exact(tmp_path: Path) -> None:
+    """From checkpoints of both phases, and with the dataset in another place; other transitions are refused."""
+    np.savez(tmp_path / "data.npz", **arrays(100, 3))  # type: ignore[arg-type]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    settings = [
+        *("--config=pendulum", *SHRINK, "--data.dataset=../data.npz", "--data.offline_frames=30"),
+        *("--data.total_frames=60", "--data.eval_every_frames=20", "--model.compile=false", "--model.loss.bc_coef=1"),
+    ]
+    fit(whole, *settings, "--checkpoint.every_frames=15", "--checkpoint.keep_last=9")
+    np.savez(tmp_path / "other.npz", **arrays(100, 3))  # type: ignore[arg-type]
+    for frame in (15, 45):
+        again = tmp_path / str(frame)
+        shutil.copytree(whole, again)
+        (again / "moved.npz").write_bytes((tmp_path / "data.npz").read_bytes())
+        run = next(again.glob("runs/*/*"))
+        start = next(c for c in checkpoints.complete(run / "checkpoints") if c.order[0] >= frame)
+        resume = ("--config", run / "config.yaml", "--ckpt_path", start.path)
+        refused = fit(again, *resume, "--data.dataset=../other.npz", status=2)
+        assert "data.dataset is '../other.npz': the checkpoint's run learned from other transitions" in refused
+        fit(again, *resume, "--data.dataset=moved.npz")
+        assert_same(next(whole.glob("runs/*/*")), run)
+
+
+def test_offline_alone(tmp_path: Path) -> None:
+    """All of the run: the checkpoint has no frames of its own, and can be evaluated."""
+    np.savez(tmp_path / "data.npz", **arrays(100, 3))  # type: ignore[arg-type]
+    settings = ["--data.dataset=data.npz", "--data.offline_frames=60", "--model.compile=false"]
+    run = trained(tmp_path, "--config=pendulum", *SHRINK, *settings)
+    saved = checkpoints.load(checkpoints.complete(run / "checkpoints")[-1].state)["OffPolicyDataModule"]
+    assert (saved["progress"]["updates"], saved["ranks"][0]["written"]) == (60, 0)
+
+
+# qsm-collect.
+
+
+def test_collected_transitions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as asked for, of whole episodes in order; the same again from the same seed; random ones at first."""
+    run = trained(tmp_path, "--config=pendulum", *SHRINK, "--model.compile=false")
+    capsys.readouterr()
+    for name in ("one", "two"):
+        collect.run([str(run), "--frames=450", f"--out={tmp_path / name}.npz", "--random=0.5"])
+    said = capsys.readouterr().out
+    assert "frames: 450\nepisodes: 2\nmean return: -" in said
+    one, two = (datasets.load(str(tmp_path / f"{name}.npz"), 3, 1) for name in ("one", "two"))
+    assert equal(one, two)
+    assert one["next", "done"].squeeze(-1).nonzero().flatten().tolist() == [199, 399]
+    inside = ~one["next", "done"].squeeze(-1)[:-1]
+    assert torch.equal(one["next", "observation"][:-1][inside], one["observation"][1:][inside])
+    collect.run([str(run), "--frames=450", f"--out={tmp_path / 'three.npz'}", "--seed=1"])
+    policy = datasets.load(str(tmp_path / "three.npz"), 3, 1)
+    assert not equal(one, policy)
+
+
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["--frames=0"], "--frames is 0"),
+        (["--frames=5", "--random=2"], "--random is 2.0"),
+        (["--frames=5", "--seed=-1"], "--seed is -1"),
+        (["--frames=5", "--out=data.csv"], r"'data.csv'.*\.npz"),
+        (["--frames=5"], "neither a checkpoint nor"),
+    ],
+)
+def test_what_qsm_collect_refuses(args: list[str], pattern: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=pattern):
+        collect.run([str(tmp_path), f"--out={tmp_path / 'data.npz'}", *args])
