@@ -293,12 +293,21 @@ def test_the_shipped_pendulum_run_learns(precision: str, command: Command) -> No
     assert final > -250
 
 
+LEARN_PENDULUM: dict[str, list[str]] = {
+    "diffusion_ql": [],
+    "sac": [],
+    "sdac": ["--model.loss.entropy_coef=1", "--model.loss.reverse_samples=16", "--data.total_frames=6000"],
+    "td3": [],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("loss", ["sac", "td3"])
+@pytest.mark.parametrize("loss", [*LEARN_PENDULUM])
 def test_other_algorithms_learn_pendulum(loss: str, command: Command) -> None:
-    """With the settings of the shipped Pendulum run."""
-    settings = ["--config", "pendulum", "--config", f"algo/{loss}", "--data.eval_selector=sample"]
+    """With the settings of the shipped Pendulum run, and what is fitted to it."""
+    fitted = LEARN_PENDULUM[loss]
+    settings = ["--config", "pendulum", "--config", f"algo/{loss}", "--data.eval_selector=sample", *fitted]
     result = command("qsm-fit", *settings, timeout=1800)
     assert result.returncode == 0, result.stderr
     assert float(re.search(r"best return: (-?[\d.]+)", result.stdout)[1]) > -300  # type: ignore[index]
