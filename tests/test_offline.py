@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from qsm_lightning.losses import QSM
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.replay import FRAME_KEYS
 from tests.compare import assert_same, state
+from tests.conftest import Command
 from tests.fake_envs import Clock
 from tests.helpers import SHRINK, has, replay_batch
 from tests.processes import fit, trained
@@ -270,6 +272,29 @@ def test_offline_alone(tmp_path: Path) -> None:
     run = trained(tmp_path, "--config=pendulum", *SHRINK, *settings)
     saved = checkpoints.load(checkpoints.complete(run / "checkpoints")[-1].state)["OffPolicyDataModule"]
     assert (saved["progress"]["updates"], saved["ranks"][0]["written"]) == (60, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_trained_policys_transitions_are_enough_to_learn_from(command: Command) -> None:
+    """Half of them random: offline to four fifths of the way from -1200 to its return, and better yet online."""
+
+    def best(*args: str) -> float:
+        result = command("qsm-fit", *args, timeout=1800)
+        assert result.returncode == 0, result.stderr
+        return float(re.search(r"best return: (-?[\d.]+)", result.stdout)[1])  # type: ignore[index]
+
+    pendulum = ["--config=pendulum", "--data.eval_selector=sample"]
+    taught = best(*pendulum, "--name=teacher")
+    collected = command(
+        "qsm-collect", "runs/teacher/version_0", "--frames=10000", "--random=0.5", "--out=mixed.npz", timeout=900
+    )
+    assert collected.returncode == 0, collected.stderr
+    settings = [*pendulum, "--config=algo/qsm_offline", "--data.dataset=mixed.npz", "--data.eval_every_frames=1000"]
+    offline = best(*settings, "--data.offline_frames=3000", "--data.total_frames=3000", "--name=offline")
+    assert offline > -1200 + 0.8 * (taught + 1200)
+    online = best("--resume=runs/offline/version_0", "--data.total_frames=6000")
+    assert online > offline
 
 
 # qsm-collect.
