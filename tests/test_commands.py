@@ -294,6 +294,7 @@ def test_the_shipped_pendulum_run_learns(precision: str, command: Command) -> No
 
 
 LEARN_PENDULUM: dict[str, list[str]] = {
+    "dacer": [],
     "diffusion_ql": [],
     "sac": [],
     "sdac": ["--model.loss.entropy_coef=1", "--model.loss.reverse_samples=16", "--data.total_frames=6000"],
