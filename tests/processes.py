@@ -36,11 +36,12 @@ def _main(name: str, args: list[str], folder: Path, log: Path, rank: int, env: d
     from pytorch_lightning.utilities import rank_zero_only
 
     from qsm_lightning.cli import fit
-    from qsm_lightning.commands import evaluate, sweep
+    from qsm_lightning.commands import evaluate, export, sweep
 
     rank_zero_only.rank = rank  # type: ignore[attr-defined]  # which a new process knows from the first import on
     torch.set_num_threads(1)
-    {"qsm-fit": fit, "qsm-eval": evaluate.main, "qsm-sweep": sweep.main}[name]()
+    commands = {"qsm-eval": evaluate.main, "qsm-export": export.main, "qsm-fit": fit, "qsm-sweep": sweep.main}
+    commands[name]()
 
 
 class Run:

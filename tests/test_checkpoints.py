@@ -617,7 +617,7 @@ def test_evaluating_a_run_passes_over_its_damaged_best(run: Path, tmp_path: Path
     truncate(other.state)
     text = evaluate(tmp_path, run, "--episodes=1")
     assert said(text, "qsm-eval")[0].startswith(f"qsm-eval: {other.state} has ")
-    assert f"evaluating {at(run, 15).path} instead" in text
+    assert f"using {at(run, 15).path} instead" in text
     (at(run, 15).path / MANIFEST).unlink()
     text = evaluate(tmp_path, run, status=2)
     assert said(text, "qsm-eval")[-1].endswith("choose another checkpoint")

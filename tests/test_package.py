@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -45,8 +47,19 @@ def test_configurations_and_callbacks_ship(wheel: Path) -> None:
     requirements = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert "Requires-Dist: pytorch-lightning" in requirements
     assert "Requires-Dist: lightning" not in requirements
-    for extra in ("dmc", "envpool", "ray", "video", "dev"):
+    for extra in ("dmc", "envpool", "export", "ray", "video", "dev"):
         assert f"Provides-Extra: {extra}" in requirements
+
+
+def test_every_command_has_its_function(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    parser = ConfigParser()
+    parser.read_string(archive.read(next(n for n in archive.namelist() if n.endswith("entry_points.txt"))).decode())
+    commands = parser["console_scripts"]
+    assert {"qsm-fit", "qsm-eval", "qsm-export"} <= commands.keys()
+    for command in commands.values():
+        module, _, function = command.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_the_installed_commands_work_without_the_checkout(wheel: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.losses import QSM
+from qsm_lightning.losses.sdac import NoisyBestOfN
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, add_action_noise
 
@@ -61,6 +62,20 @@ def test_best_of_n_takes_the_candidate_the_smaller_critic_prefers() -> None:
     values = torch.minimum(-(candidates[..., 0] - 0.5).abs(), 10 * candidates[..., 1])
     expected = torch.stack([row[value.argmax()] for row, value in zip(candidates, values, strict=True)])
     torch.testing.assert_close(chosen, expected)
+
+
+def test_noise_that_is_given_is_that_which_would_be_drawn() -> None:
+    """And what an exploring policy adds to the action is drawn after it, as ever."""
+    loss, observation = small(), torch.randn(7, 3)
+    policies = [ExplorationPolicy(loss.sampler), NoisyBestOfN(loss.sampler, loss.critics, 4, 0.1)]
+    policies += [DiffusionPolicy(loss.sampler), BestOfNPolicy(loss.sampler, loss.critics, 4)]
+    for policy in policies:
+        torch.manual_seed(1)
+        drawn = policy.act(observation)
+        torch.manual_seed(1)
+        noise = torch.randn(policy.noise_shape(7))
+        assert torch.equal(policy.act(observation, noise), drawn)
+    assert BestOfNPolicy(loss.sampler, loss.critics, 4).noise_shape(7) == (loss.schedule.T + 1, 7, 4, 2)
 
 
 def test_policies_share_the_losss_parameters() -> None:

@@ -10,6 +10,8 @@ from typing import Any, TypedDict
 
 import torch
 
+from qsm_lightning.errors import require
+
 
 class Record(TypedDict):
     """What a manifest says of a file: its size in bytes and the SHA-256 of its content."""
@@ -21,6 +23,16 @@ class Record(TypedDict):
 def record_of(content: bytes) -> Record:
     """The size and hash of ``content``."""
     return Record(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def check_writable(path: Path, setting: str) -> None:
+    """Raise a :class:`SettingError` that names ``setting`` unless ``path`` can become a file here."""
+    folder = path.resolve().parent
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    require(
+        existing.is_dir() and os.access(existing, os.W_OK),
+        f"{setting} is {str(path)!r}: {existing} cannot be written; choose another folder",
+    )
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -21,7 +21,7 @@ def mish(x: Tensor) -> Tensor:
     For a batch on a CPU this is faster than ``torch.nn.functional.mish``, the more so when compiled; for few numbers
     that is, and is called. Above x = 20 the factor is 1 in float64.
     """
-    if x.numel() <= FEW and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and x.numel() <= FEW:
         return F.mish(x)
     u = x.clamp(max=20).exp()
     n = u * (u + 2)
@@ -108,7 +108,7 @@ class Denoiser(nn.Module):
 
     def forward(self, observation: Tensor, action: Tensor, t: Tensor) -> Tensor:
         """Observation [B, O], noisy action [B, A], integer time indices t [B] or [1] -> noise [B, A]."""
-        time_code = self.time_encoder(self.fourier(t)).expand(len(action), -1)
+        time_code = self.time_encoder(self.fourier(t)).expand(action.shape[0], -1)
         return self.trunk(torch.cat([action, observation, time_code], -1))
 
     @full_precision

@@ -50,14 +50,19 @@ class Policy(TensorDictModuleBase):
 
 
 class DiffusionPolicy(Policy):
-    """One sample of the reverse process."""
+    """One sample of the reverse process, whose noise may be given."""
 
     def __init__(self, sampler: Sampler) -> None:
         super().__init__()
         self.sampler = sampler
 
-    def act(self, observation: Tensor) -> Tensor:
-        return self.sampler(observation)
+    def noise_shape(self, batch: int) -> tuple[int, ...]:
+        """The shape of the noise that :meth:`act` takes for ``batch`` observations: [T + 1, N, A]."""
+        return self.sampler.noise_shape(batch)
+
+    def act(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Observation [N, O] -> action [N, A]; the sampler's noise is drawn unless given."""
+        return self.sampler(observation, noise)
 
 
 class ExplorationPolicy(DiffusionPolicy):
@@ -67,8 +72,8 @@ class ExplorationPolicy(DiffusionPolicy):
         super().__init__(sampler)
         self.noise_std = noise_std
 
-    def act(self, observation: Tensor) -> Tensor:
-        action = super().act(observation)
+    def act(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        action = super().act(observation, noise)
         return add_action_noise(action, torch.randn_like(action), self.noise_std)
 
 
@@ -85,9 +90,14 @@ class BestOfNPolicy(DiffusionPolicy):
         self.critics = critics
         self.n = n
 
-    def act(self, observation: Tensor) -> Tensor:
+    def noise_shape(self, batch: int) -> tuple[int, ...]:
+        """[T + 1, N, n, A]."""
+        steps, _, action_dim = self.sampler.noise_shape(batch)
+        return steps, batch, self.n, action_dim
+
+    def act(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
         candidates = observation.repeat_interleave(self.n, 0)  # [N * n, O]
-        actions = super().act(candidates)
+        actions = super().act(candidates, None if noise is None else noise.flatten(1, 2))
         values = self.critics(candidates, actions).min(0).values.view(-1, self.n)  # [N, n]
         best = values.argmax(1)
-        return actions.view(len(observation), self.n, -1)[torch.arange(len(best)), best]
+        return actions.view(*values.shape, -1)[torch.arange(best.shape[0]), best]

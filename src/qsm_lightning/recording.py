@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torchrl.envs import step_mdp
 
+from qsm_lightning.durable import check_writable
 from qsm_lightning.envs import make_render_env
 from qsm_lightning.errors import SettingError, require
 
@@ -75,12 +75,7 @@ def picture_strip(frames: np.ndarray, count: int = 8, height: int = 160) -> np.n
 
 def check_video_path(path: str) -> None:
     """Raise :class:`SettingError` unless ``path`` can become a video here."""
-    folder = Path(path).resolve().parent
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    require(
-        existing.is_dir() and os.access(existing, os.W_OK),
-        f"--video is {path!r}: {existing} cannot be written; choose another folder",
-    )
+    check_writable(Path(path), "--video")
     require(Path(path).suffix in SUFFIXES, f"--video is {path!r}: the name must end in .mp4 or .gif")
     if Path(path).suffix == ".mp4":
         try:

@@ -46,7 +46,7 @@ def reverse_process(
 
 
 class Sampler(nn.Module):
-    """Draws actions in [-1, 1], with noise from torch's global generator.
+    """Draws actions in [-1, 1], with noise from torch's global generator or given.
 
     Args:
         denoiser: eps_theta(s, a_t, t).
@@ -64,10 +64,20 @@ class Sampler(nn.Module):
         self.temperature = temperature
         self.clip = clip
 
-    def forward(self, observation: Tensor) -> Tensor:
-        """Observation [B, O] -> action [B, A]."""
-        shape = (self.schedule.T + 1, len(observation), self.denoiser.action_dim)
-        noise = torch.randn(shape, dtype=observation.dtype, device=observation.device)
+    def noise_shape(self, batch: int) -> tuple[int, int, int]:
+        """The shape of the noise of ``batch`` actions, [T + 1, B, A]."""
+        return self.schedule.T + 1, batch, self.denoiser.action_dim
+
+    def forward(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Observation [B, O] -> action [B, A].
+
+        Args:
+            observation: s.
+            noise: standard normal, [T + 1, B, A]: z of each step, then x_T. It is drawn unless given.
+        """
+        if noise is None:
+            shape = self.noise_shape(len(observation))
+            noise = torch.randn(shape, dtype=observation.dtype, device=observation.device)
         trajectory = reverse_process(
             self.denoiser, self.schedule, observation, noise[-1], noise[:-1], self.temperature, self.clip
         )

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from qsm_lightning.commands.base import Parser, run_command
-from qsm_lightning.commands.trained import add_checkpoint, load
+from qsm_lightning.commands.trained import add_checkpoint, add_selector, load
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require
 from qsm_lightning.evaluation import run_episodes, summary
@@ -23,13 +23,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser("qsm-eval", description="Evaluate a trained policy.")
     add_checkpoint(parser)
     parser.add_argument("--episodes", type=int, default=10, help="number of whole episodes (10)")
-    parser.add_argument(
-        "--selector",
-        choices=("sample", "best_of_n"),
-        default="sample",
-        help="one sample a step, or the best of n by Q",
-    )
-    parser.add_argument("--candidates", type=int, default=32, help="n of best_of_n (32)")
+    add_selector(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of starts and noise, which training never used (0)")
     parser.add_argument("--video", metavar="FILE", help="also record one episode to a .mp4 or .gif")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -40,23 +34,17 @@ def run(args: list[str] | None = None) -> None:
     """Parse, evaluate and print."""
     options = _parser().parse_args(args)
     require(options.episodes > 0, f"--episodes is {options.episodes}: it must be greater than 0")
-    require(options.candidates > 0, f"--candidates is {options.candidates}: it must be greater than 0")
     require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
     if options.video:
         check_video_path(options.video)
     trained = load(options.checkpoint, options.trust)
-    module = trained.module
+    policy = trained.policy(options.selector, options.candidates)
     if options.video:
         check_renderable(trained.env)
-    require(
-        options.selector in module.loss.selectors,
-        f"--selector is {options.selector}: {type(module.loss).__name__} has {' and '.join(module.loss.selectors)}",
-    )
-    policy = module.loss.evaluation_policy(options.selector, options.candidates)
     env_seed = derive_seed(options.seed, 0, Purpose.REPORT_ENV)
     noise_seed = derive_seed(options.seed, 0, Purpose.REPORT_NOISE)
     env = make_env(trained.env, options.episodes)
-    with module.averaged_weights():
+    with trained.module.averaged_weights():
         result = {
             "checkpoint": trained.name,
             "env": trained.env,

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tensordict.nn import TensorDictModuleBase
+
 from qsm_lightning import checkpoints, runs, trust
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.collect import Progress
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.errors import SettingError
+from qsm_lightning.errors import SettingError, require
 from qsm_lightning.module import OffPolicyModule
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,20 @@ class Trained:
         """The checkpoint's folder, or file."""
         return str(self.path.parent if self.path.name == checkpoints.STATE else self.path)
 
+    def policy(self, selector: str, candidates: int) -> TensorDictModuleBase:
+        """The policy without exploration noise, with the options of :func:`add_selector`.
+
+        Raises:
+            SettingError: when the algorithm does not have it.
+        """
+        loss = self.module.loss
+        require(candidates > 0, f"--candidates is {candidates}: it must be greater than 0")
+        require(
+            selector in loss.selectors,
+            f"--selector is {selector}: {type(loss).__name__} has {' and '.join(loss.selectors)}",
+        )
+        return loss.evaluation_policy(selector, candidates)
+
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the options of :func:`load`: ``checkpoint`` and ``trust``."""
@@ -53,6 +69,17 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust", action="store_true", help="also load settings that name code outside of the packages trusted"
     )
+
+
+def add_selector(parser: argparse.ArgumentParser) -> None:
+    """Add the options of :meth:`Trained.policy`: ``selector`` and ``candidates``."""
+    parser.add_argument(
+        "--selector",
+        choices=("sample", "best_of_n"),
+        default="sample",
+        help="one sample a step, or the best of n by Q",
+    )
+    parser.add_argument("--candidates", type=int, default=32, help="n of best_of_n (32)")
 
 
 def load(run_or_checkpoint: str, trusted: bool = False) -> Trained:
@@ -106,7 +133,7 @@ def find(run_or_checkpoint: str) -> Path:
             faults.append(str(fault))
         else:
             for sentence in faults:
-                log.warning("%s; evaluating %s instead", sentence, checkpoint.path)
+                log.warning("%s; using %s instead", sentence, checkpoint.path)
             return checkpoint.state
     raise SettingError(
         f"{faults[0]}: choose another checkpoint"

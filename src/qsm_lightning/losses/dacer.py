@@ -123,8 +123,8 @@ class EntropyPolicy(DiffusionPolicy):
         self.log_alpha = log_alpha
         self.noise_std = noise_std
 
-    def act(self, observation: Tensor) -> Tensor:
-        action = super().act(observation)
+    def act(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        action = super().act(observation, noise)
         return add_action_noise(action, self.log_alpha.detach().exp() * torch.randn_like(action), self.noise_std)
 
 

@@ -113,6 +113,6 @@ class NoisyBestOfN(BestOfNPolicy):
         super().__init__(sampler, critics, n)
         self.noise_std = noise_std
 
-    def act(self, observation: Tensor) -> Tensor:
-        action = super().act(observation)
+    def act(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
+        action = super().act(observation, noise)
         return add_action_noise(action, torch.randn_like(action), self.noise_std)
