@@ -74,6 +74,7 @@ def test_entropy_of_three_gaussians_apart() -> None:
 
 def test_actions_all_alike_have_a_finite_entropy() -> None:
     assert math.isfinite(mixture_entropy(np.ones((50, 2))))
+    assert math.isnan(mixture_entropy(np.full((50, 2), np.nan))), "training has diverged"
 
 
 @pytest.mark.parametrize(("target", "sign"), [(50.0, -1), (-50.0, 1)])

@@ -75,9 +75,8 @@ def test_the_slope_that_is_to_be_left_makes_it_softer_in_every_unit_of_reward() 
     """For small actions, which no bound stops, M_q H = (1 - rho sqrt(alpha_0)) / sqrt(1 - abar_0)."""
     found = []
     for curvature in (0.01, 1.0, 100.0):
-        loss = made(Bowl(curvature))
+        loss = made(Bowl(curvature), m_q_slope=0.4)
         found.append(settled(loss) * curvature)
-        assert loss.m_q_slope == 0.4
     torch.testing.assert_close(torch.tensor(found), torch.full((3,), found[0]), rtol=0.01, atol=0)
     alpha = loss.schedule.alphas[0]
     with torch.no_grad():
@@ -109,14 +108,31 @@ def test_the_sampler_then_ends_at_the_best_action(best: float, T: int) -> None:
     assert (fixed.abs() > 0.999).float().mean() > 0.9
 
 
-def test_a_slope_without_a_top_is_climbed_as_fast_as_can_be() -> None:
-    """rho is 1 until the box stops the step."""
-    loss = made(Slope(0.3))
-    assert settled(loss, 600) > 100
-    batch = replay_batch(64, OBS, A)
+@pytest.mark.parametrize("c", [0.003, 0.3, 30.0])
+def test_a_slope_without_a_top_is_climbed_to_the_bounds_and_no_further(c: float) -> None:
+    """rho is 1 while no step reaches them, and the share of the climb that they have not stopped when some do."""
+    loss = made(Slope(c))
+    assert loss.m_q_slope == 0.15
+    m_q = settled(loss)
+    batch, z = replay_batch(4000, OBS, A), torch.randn(4000, A)
+    alpha = loss.schedule.alphas[0]
+    start = (alpha.sqrt() * batch["action"] + (1 - alpha).sqrt() * z) / alpha.sqrt()
+    end = start + ((1 - alpha) / alpha).sqrt() * m_q * c
+    moved = end.clamp(-1, 1) - start.clamp(-1, 1)
+    assert (moved * (end <= 1)).sum() / moved.sum() == pytest.approx(0.15, abs=0.05)
     with torch.no_grad():
-        loss.log_m_q.fill_(-3.0)
-    assert loss.slope_left(batch["observation"], batch["action"], torch.randn(64, A)) == pytest.approx(1.0)
+        loss.log_m_q.fill_(-12.0)
+    assert loss.slope_left(batch["observation"], batch["action"], z) == pytest.approx(1.0, abs=0.01)
+    with torch.no_grad():
+        loss.log_m_q.fill_(20.0)
+    assert loss.slope_left(batch["observation"], batch["action"], z) == 0
+
+
+def test_without_any_slope_nothing_moves() -> None:
+    loss, batch = made(Slope(0.0)), replay_batch(256, OBS, A)
+    value, metrics = loss.m_q_loss(batch)
+    assert metrics["slope_left"] == 0
+    assert value.isfinite()
 
 
 def test_the_share_of_the_slope_that_is_left_by_hand() -> None:
@@ -128,9 +144,11 @@ def test_the_share_of_the_slope_that_is_left_by_hand() -> None:
     alpha = schedule.alphas[0]  # abar_0 is alpha_0
     noisy = alpha.sqrt() * batch["action"] + (1 - alpha).sqrt() * z
     m_q = torch.tensor(0.5).exp()
-    end = ((noisy - schedule.betas[0] / (1 - alpha).sqrt() * (-m_q * 2 * (0.3 - noisy))) / alpha.sqrt()).clamp(-1, 1)
+    far = (noisy - schedule.betas[0] / (1 - alpha).sqrt() * (-m_q * 2 * (0.3 - noisy))) / alpha.sqrt()
+    end = far.clamp(-1, 1)
     moved = end - (noisy / alpha.sqrt()).clamp(-1, 1)
-    expected = (2 * (0.3 - end) * moved).sum() / (2 * (0.3 - noisy) * moved).sum()
+    assert 0 < (far.abs() > 1).sum() < far.numel(), "bounds stop some"
+    expected = (2 * (0.3 - end) * moved)[far.abs() <= 1].sum() / (2 * (0.3 - noisy) * moved).sum()
     torch.testing.assert_close(loss.slope_left(batch["observation"], batch["action"], z), expected)
 
 

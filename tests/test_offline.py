@@ -45,6 +45,10 @@ def arrays(count: int = 12, observation_dim: int = 2, action_dim: int = 1) -> di
     }
 
 
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def equal(one: TensorDictBase, two: TensorDictBase) -> bool:
     return len(one) == len(two) and all(torch.equal(one[key], two[key]) for key in FRAME_KEYS)
 
@@ -147,6 +151,9 @@ def test_the_saved_buffer_of_a_run(tmp_path: Path) -> None:
     [
         ({"rewards": None}, "has no rewards; D4RL's layout"),
         ({"rewards": np.zeros(3)}, "differ in length"),
+        ({"rewards": np.zeros((12, 2))}, r"rewards has the shape \[12, 2\]"),
+        ({"actions": np.array(["left"] * 12)}, r"actions has the shape \[12\] and the type <U4"),
+        ({"observations": np.zeros(())}, r"observations has the shape \[\]"),
         ({"observations": np.zeros((12, 5))}, r"observations have the shape \[5\], and data.env has \[2\]"),
         ({"actions": np.zeros((12, 2))}, r"actions have the shape \[2\], and data.env has \[1\]"),
         ({"actions": np.full((12, 1), 2.0)}, r"actions up to 2, and they must be in \[-1, 1\]"),
@@ -168,6 +175,7 @@ def test_a_dataset_that_does_not_fit_is_refused(change: dict[str, Any], pattern:
         ({"dataset": "gone.npz"}, "'gone.npz': there is no such file"),
         ({"dataset": "data.csv"}, "give an .npz, .h5 or .hdf5 file"),
         ({"dataset": "text.npz"}, "'text.npz': it cannot be read"),
+        ({"dataset": "torn.npz"}, "'torn.npz': it cannot be read"),
         ({"dataset": "empty"}, "'empty': it is neither a run"),
         ({"dataset": "good.npz", "offline_share": 1.5}, "data.offline_share is 1.5"),
         ({"dataset": "good.npz", "offline_frames": -1}, "data.offline_frames is -1"),
@@ -183,6 +191,7 @@ def test_settings_of_datasets(
     Path("empty").mkdir()
     Path("text.npz").write_text("text")
     np.savez("good.npz", **arrays())  # type: ignore[arg-type]
+    Path("torn.npz").write_bytes(Path("good.npz").read_bytes()[:700])
     with pytest.raises(SettingError, match=pattern):
         OffPolicyDataModule(CLOCK, **settings)
 
@@ -259,8 +268,10 @@ def test_going_on_offline_and_online_is_exact(tmp_path: Path) -> None:
         run = next(again.glob("runs/*/*"))
         start = next(c for c in checkpoints.complete(run / "checkpoints") if c.order[0] >= frame)
         resume = ("--config", run / "config.yaml", "--ckpt_path", start.path)
+        before = snapshot(run)
         refused = fit(again, *resume, "--data.dataset=../other.npz", status=2)
-        assert "data.dataset is '../other.npz': the checkpoint's run learned from other transitions" in refused
+        assert "data.dataset is '../other.npz': the checkpoint's run learned from another" in refused
+        assert snapshot(run) == before
         fit(again, *resume, "--data.dataset=moved.npz")
         assert_same(next(whole.glob("runs/*/*")), run)
 

@@ -214,7 +214,10 @@ def test_the_longer_of_two_of_the_same_counts(make: Make, tmp_path: Path, capsys
         ({"data__eval_selector": "best_of_n"}, [], "was not evaluated with sample: choose another --selector"),
         ({"data__eval_selector": "sample"}, ["gone"], "'gone'.*no run"),
         ({"model__loss": {}}, [], "is not a run of qsm-fit"),
+        ({"data__env": "some_module:Pendulum-v0"}, [], "different versions of Pendulum"),
         ({}, ["--selector=worst"], "worst"),
+        ({}, ["--archive=pyproject.toml"], "--archive is"),
+        ({}, ["_hidden=."], "begins with no _"),
     ],
 )
 def test_what_does_not_compare_is_refused(
@@ -246,5 +249,39 @@ def test_a_run_that_was_not_evaluated_yet_is_passed_over(make: Make, tmp_path: P
     make("one", {})
     with pytest.raises(SettingError, match="none of the runs has been evaluated"):
         report.run([str(tmp_path), "--out", str(tmp_path / "out")])
-    make("two", {10: 2.0})
+    run = make("two", {10: 2.0, 20: 3.0})
+    with (run / "metrics.csv").open("a") as file:
+        file.write("-13")  # killed in the middle of a row
     report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "| 20 | 3 |" in (tmp_path / "out/table.md").read_text()
+
+
+def test_what_shortens_or_leaves_out_is_noted(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("long", {10: 1.0, 20: 2.0})
+    make("short", {10: 1.0}, seed_everything=1)
+    make("walk", {10: 1.0}, data__env="dmc:walker/walk")
+    make("sac", {10: 1.0}, **SAC)
+    report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+    said, page = capsys.readouterr().out, (tmp_path / "out/index.html").read_text()
+    for note in ("Pendulum-v1 is compared up to 10 of 20 frames", "sac is left out where tasks are taken together"):
+        assert note in said
+        assert note in page
+
+
+@pytest.mark.parametrize(
+    ("second", "selector", "pattern"),
+    [
+        ({"model__loss__init_args__T": 9}, "sample", "Q stands for runs of Pendulum-v1 with different settings"),
+        ({"data__eval_candidates": 9}, "best_of_n", "best of different numbers of samples"),
+    ],
+)
+def test_one_name_for_different_things_is_refused(
+    second: dict[str, Any], selector: str, pattern: str, make: Make, tmp_path: Path
+) -> None:
+    make("all/one", {10: 1.0})
+    make("all/two", {10: 2.0}, seed_everything=1, **second)
+    args = [f"Q={tmp_path / 'all'}", f"--selector={selector}", "--out", str(tmp_path / "out")]
+    with pytest.raises(SettingError, match=pattern):
+        report.run(args)
+    report.run([*args, "--force"])
+    assert "--force: what does not compare was not looked for" in (tmp_path / "out/index.html").read_text()

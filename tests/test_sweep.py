@@ -63,10 +63,15 @@ def test_the_plan_has_each_seed_of_all_before_the_next(tmp_path: Path) -> None:
         (["--variant==x"], "--variant is '=x'"),
         (["--vary=model.loss=sac,sax"], "no such loss"),
         (["--vary=data.utd=1,-1"], "data.utd is -1"),
-        (["--name=mine"], "--name is set for each run"),
-        (["--seed_everything", "3"], "--seed_everything is set for each run"),
+        (["--name=mine"], "--name is the same in all runs of qsm-sweep, or set by it"),
+        (["--seed_everything", "3"], "--seed_everything is the same"),
+        (["--vary=seed_everything=0,1"], "--seed_everything is the same"),
+        (["--variant=a=--trainer.logger false"], "--trainer.logger is the same"),
+        (["--variant=..=--data.utd 1"], "begins with no point"),
+        (['--variant=a=--data.utd "1'], "mend the quotes"),
+        (["--vary=model.loss=qsm,td3", "--model.compile=true"], "model.compile is true"),
         (["--data.env=Hoper-v5"], "Hoper-v5.*did you mean Hopper-v5"),
-        (["--out=file"], "file"),
+        (["--out=file"], "--out is .*file cannot be written"),
     ],
 )
 def test_what_is_refused_before_anything_runs(
@@ -99,6 +104,10 @@ def test_an_interrupted_sweep_goes_on_to_what_it_would_have_been(tmp_path: Path)
     third = Run(tmp_path, *args, name="qsm-sweep")
     assert third.wait() == 0, third.text
     assert "running" not in third.text, "all is complete"
+    fourth = Run(tmp_path, *args, "--model.loss=sac", name="qsm-sweep")
+    assert fourth.wait() == 2
+    assert "--out: " in fourth.text
+    assert "was made with other settings: model.loss" in fourth.text
     assert len(list((tmp_path / "all").glob("*/version_*"))) == 2
 
 
@@ -124,6 +133,9 @@ def test_settings_reach_every_run(tmp_path: Path) -> None:
     assert (config["model"]["actor_lr"], config["data"]["utd"], config["seed_everything"]) == (0.001, 0.5, 3)
     manifest = json.loads(next(run.glob("checkpoints/0*/manifest.json")).read_text())
     assert manifest["frames"] == 60
-    assert sweep.command(plan([*TINY, "--seeds=3", f"--out={tmp_path}/sweeps/pendulum/small"])[0][0])[3].startswith(
-        "--resume="
+    again = plan(
+        [*TINY, "--variant=small=--model.actor_lr 0.001 --data.utd 0.5", "--seeds=3", f"--out={run.parents[2]}"]
     )
+    (job,), _ = again
+    assert job.state == "complete"
+    assert sweep.command(job)[3] == f"--resume={run}"

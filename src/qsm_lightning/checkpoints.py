@@ -33,7 +33,10 @@ from qsm_lightning.errors import SettingError, require
 
 FORMAT = 1
 STATE, MANIFEST, REPLAY = "state.ckpt", "manifest.json", "replay"
-PACKAGES = ("qsm-lightning", "torch", "pytorch-lightning", "torchrl", "tensordict", "gymnasium", "mujoco", "numpy")
+PACKAGES = (
+    *("qsm-lightning", "torch", "pytorch-lightning", "torchrl", "tensordict", "numpy"),
+    *("gymnasium", "mujoco", "dm_control", "envpool"),
+)
 _NAME = re.compile(r"(\d{9,})(?:-(\d+))?")
 _REPLAY_NAME = re.compile(r"\.?\d+-\d{12,}-\d{12,}-[0-9a-f]+\.pt(\.\d+)?")  # with a dot: of a killed process
 

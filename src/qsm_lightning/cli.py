@@ -148,6 +148,10 @@ class FitCLI(LightningCLI):
         for sentence in passed_over if rank_zero_only.rank == 0 else []:  # type: ignore[attr-defined]
             log.warning(sentence)
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that make the run what it is, dotted."""
+        return dict(resume.identity(self.datamodule.hparams, self.model.hparams, self.model.run_identity(self.trainer)))
+
     @property
     def _root(self) -> Path:
         return Path(self.config["trainer"]["default_root_dir"] or "runs")
@@ -219,6 +223,7 @@ def build(args: list[str] | None) -> FitCLI:
     cli.trusted = trusted
     cli.datamodule.check_ranks(cli.trainer.world_size)
     cli.datamodule.check_loss(cli.model.loss)
+    cli.model.compiles(cli.trainer, cli.datamodule)
     return cli
 
 
@@ -299,7 +304,6 @@ def _fit(args: list[str] | None) -> None:
     launching.end_with_parent()
     cli = build(args)
     trainer, checkpoint = cli.trainer, cli.checkpoint
-    cli.model.compiles(trainer, cli.datamodule)
     run = checkpoint.run if checkpoint else runs.run_folder(trainer)
     progress = None
     if checkpoint is not None:
@@ -307,9 +311,10 @@ def _fit(args: list[str] | None) -> None:
         progress = state["OffPolicyDataModule"]["progress"]
         if not cli.trusted:
             trust.check_state(state, checkpoint.state)
-        here = dict(resume.identity(cli.datamodule.hparams, cli.model.hparams, cli.model.run_identity(trainer)))
-        resume.check(checkpoint, state, here, cli.datamodule.total_frames)
+        resume.check_settings(checkpoint, state, cli.identity())
+        resume.check_frames(checkpoint, state, cli.datamodule.total_frames)
         resume.check_time(trainer, state)
+        cli.datamodule.check_dataset(state["OffPolicyDataModule"])
         if trainer.is_global_zero and (other := resume.other_versions(checkpoint)):
             log.warning("%s was made with %s: what follows may differ in the last bits", checkpoint.path, other)
         del state

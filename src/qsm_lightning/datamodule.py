@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -235,7 +235,9 @@ class OffPolicyDataModule(LightningDataModule):
         self.env = self._make_env(num_envs)
         self.observation_dim = self.env.observation_spec["observation"].shape[-1]
         self.action_dim = self.env.action_spec.shape[-1]
-        self.dataset = datasets.load(dataset, self.observation_dim, self.action_dim) if dataset else None
+        self._dataset = datasets.load(dataset, self.observation_dim, self.action_dim) if dataset else None
+        self._fingerprint = None if self._dataset is None else datasets.fingerprint(self._dataset)
+        self.offline: FrameBuffer | None = None  # of this rank's part of the dataset, from setup on
         self.progress = Progress()
         self.recent = RecentExperience()
         self.ranks = Ranks()
@@ -248,7 +250,6 @@ class OffPolicyDataModule(LightningDataModule):
         self._chunks: Iterator[TensorDictBase] | None = None
         self._owed: list[TensorDictBase] | None = None
         self._archive: ReplayArchive | None = None
-        self._offline: FrameBuffer | None = None
         self._env_broken = False
         self._env_new = False
         self._generators: dict[str, Any] | None = None
@@ -291,10 +292,11 @@ class OffPolicyDataModule(LightningDataModule):
         if self.storage == "memmap":
             self._mapped = self._empty_folder()
         self._make_buffer(self.ranks.share(self.buffer_size))
-        if self.dataset is not None:
-            part = self.dataset[self.ranks.rank :: self.ranks.count]
-            self._offline = make_replay_buffer(len(part), seed=self._seed(Purpose.OFFLINE_SAMPLER))
-            self._offline.extend(part)
+        if self._dataset is not None:
+            part = self._dataset[self.ranks.rank :: self.ranks.count]
+            self.offline = make_replay_buffer(len(part), seed=self._seed(Purpose.OFFLINE_SAMPLER))
+            self.offline.extend(part)
+            self._dataset = None
 
     def check_ranks(self, count: int) -> None:
         """Raise :class:`SettingError` unless ``count`` processes can share the settings."""
@@ -303,6 +305,11 @@ class OffPolicyDataModule(LightningDataModule):
             f"data.batch_size is {self.batch_size}: it counts over all {count} processes, which sample equal parts; "
             f"give a multiple of {count}, such as {math.ceil(self.batch_size / count) * count}",
         )
+        require(
+            self._dataset is None or len(self._dataset) >= count,
+            f"data.dataset has {0 if self._dataset is None else len(self._dataset)} transitions: each of {count} "
+            "processes needs one",
+        )
 
     def check_loss(self, loss: OffPolicyLoss) -> None:
         """Raise :class:`SettingError` unless ``loss`` has the policy that is to be evaluated."""
@@ -310,6 +317,14 @@ class OffPolicyDataModule(LightningDataModule):
         require(
             bool({*wanted} & {*loss.selectors}),
             f"data.eval_selector is {wanted[0]}: {type(loss).__name__} has {' and '.join(loss.selectors)}",
+        )
+
+    def check_dataset(self, state_dict: dict[str, Any]) -> None:
+        """Raise :class:`SettingError` unless the saved run learned from the same dataset, or from none as this one."""
+        require(
+            state_dict["ranks"][0].get("dataset") == self._fingerprint,
+            f"data.dataset is {self.hparams['dataset']!r}: the checkpoint's run learned from another or from none; "
+            "give what it was begun with",
         )
 
     def _make_buffer(self, capacity: int) -> None:
@@ -510,10 +525,10 @@ class OffPolicyDataModule(LightningDataModule):
 
     def _sample(self) -> TensorDictBase:
         """A minibatch: of what was collected, or with the dataset's share."""
-        if self._offline is None:
+        if self.offline is None:
             return self.buffer.sample(self._rank_batch)
         collected = min(self._rank_batch - round(self.offline_share * self._rank_batch), len(self.buffer))
-        parts = [self._offline.sample(self._rank_batch - collected)]
+        parts = [self.offline.sample(self._rank_batch - collected)]
         if collected:
             parts.append(self.buffer.sample(collected))
         return TensorDict.cat(parts)
@@ -661,7 +676,7 @@ class OffPolicyDataModule(LightningDataModule):
             "generators": generators_state(),
             "sampler": self.buffer._rng.get_state(),
             "dataset": self._fingerprint,
-            "offline_sampler": self._offline._rng.get_state() if self._offline is not None else None,
+            "offline_sampler": self.offline._rng.get_state() if self.offline is not None else None,
             "replay": [astuple(chunk) for chunk in cast(ReplayArchive, self._archive).chunks] if saved else None,
             "written": self.buffer.write_count,
             "capacity": self.buffer.storage.max_size,
@@ -677,11 +692,7 @@ class OffPolicyDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["ranks"]
-        require(
-            saved[0].get("dataset") == self._fingerprint,
-            f"data.dataset is {self.hparams['dataset']!r}: the checkpoint's run learned from other transitions; give "
-            "the dataset that it was begun with",
-        )
+        self.check_dataset(state_dict)
         mine = saved[self.ranks.rank] if len(saved) == self.ranks.count else self._adopted(saved)
         self.progress = Progress(**mine["progress"])
         self.recent = RecentExperience(**mine["recent"])
@@ -694,8 +705,8 @@ class OffPolicyDataModule(LightningDataModule):
         self._load_envs(mine)
         if mine["sampler"] is not None:
             self.buffer._rng.set_state(mine["sampler"])
-        if self._offline is not None and mine["offline_sampler"] is not None:
-            self._offline._rng.set_state(mine["offline_sampler"])
+        if self.offline is not None and mine["offline_sampler"] is not None:
+            self.offline._rng.set_state(mine["offline_sampler"])
         if mine["owed"] is not None:
             updates, count = mine["owed"]
             self._owed = [minibatch.clone() for minibatch in TensorDict(updates, [count, self._rank_batch])]
@@ -711,10 +722,6 @@ class OffPolicyDataModule(LightningDataModule):
             *(len(saved), self.ranks.count, len(saved)),
         )
         return sharding.adopt(saved, self.ranks)
-
-    @cached_property
-    def _fingerprint(self) -> str | None:
-        return None if self.dataset is None else datasets.fingerprint(self.dataset)
 
     @property
     def _saved_frames(self) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,8 +98,15 @@ def from_d4rl(arrays: Arrays, source: str = "dataset") -> TensorDict:
     """
     missing = [name for name in NEEDED if name not in arrays]
     require(not missing, f"data.dataset is {source!r}: it has no {', '.join(missing)}; D4RL's layout is needed")
-    count = len(arrays["observations"])
     present = [name for name in (*NEEDED, "timeouts", "next_observations") if name in arrays]
+    for name in present:
+        kind, dims = arrays[name].dtype.kind, 2 if "ions" in name else 1
+        require(
+            kind in "biuf" and (arrays[name].ndim == dims or (dims == 1 and arrays[name].shape[1:] == (1,))),
+            f"data.dataset is {source!r}: {name} has the shape {list(arrays[name].shape)} and the type "
+            f"{arrays[name].dtype}; it must be numbers, {'[N, size]' if dims == 2 else '[N]'}",
+        )
+    count = len(arrays["observations"])
     lengths = {name: len(arrays[name]) for name in present}
     require(
         len(set(lengths.values())) == 1,
@@ -156,7 +165,7 @@ def _file(path: Path) -> Arrays:
         h5py = _package("h5py")
         with h5py.File(path) as file:
             return {name: file[name][()] for name in names if name in file}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         what = " ".join(str(error).split())
         raise SettingError(f"data.dataset is {str(path)!r}: it cannot be read ({what}); choose another") from error
 
@@ -171,7 +180,13 @@ def _minari(name: str) -> TensorDict:
         raise SettingError(
             f"data.dataset is 'minari:{name}': Minari cannot load it ({what}); see minari.list_remote_datasets()"
         ) from error
-    low, high = dataset.action_space.low, dataset.action_space.high
+    space = dataset.action_space
+    require(
+        hasattr(space, "low") and bool(np.isfinite(space.low).all() and np.isfinite(space.high).all()),
+        f"data.dataset is 'minari:{name}': its actions are {space}, and only bounded continuous ones can be scaled to "
+        "[-1, 1]; choose another",
+    )
+    low, high = space.low, space.high
     pieces = []
     for episode in dataset.iterate_episodes():
         observation = _flat(episode.observations)
@@ -189,7 +204,12 @@ def _flat(observations: Any) -> np.ndarray:
     """Observations [T, O], of a dictionary in the order of its sorted keys, as gymnasium flattens them."""
     if isinstance(observations, Mapping):
         return np.concatenate([_flat(observations[key]) for key in sorted(observations)], -1)
-    return np.asarray(observations).reshape(len(observations), -1)
+    found = np.asarray(observations)
+    require(
+        found.dtype.kind in "biuf",
+        "data.dataset: its observations are not arrays of numbers, or dictionaries of them; choose another",
+    )
+    return found.reshape(len(found), -1)
 
 
 def _package(name: str) -> Any:

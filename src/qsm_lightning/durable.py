@@ -30,9 +30,10 @@ def check_writable(path: Path, setting: str) -> None:
     folder = path.resolve().parent
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     require(
-        existing.is_dir() and os.access(existing, os.W_OK),
+        existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
         f"{setting} is {str(path)!r}: {existing} cannot be written; choose another folder",
     )
+    require(not path.is_dir(), f"{setting} is {str(path)!r}: that is a folder; choose another name")
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ from qsm_lightning.env_faults import end_without
 from qsm_lightning.errors import require
 
 GRACE = 15.0  # seconds
+SWEEP = "QSM_SWEEP"  # tells a process that qsm-sweep has started it
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 
 
@@ -111,7 +114,16 @@ def take_over_children(trainer: Trainer) -> list[subprocess.Popen[Any]]:
 def end_with_parent() -> None:
     """In a process that ``qsm-fit`` has started for another device: end when that one is gone.
 
-    Once they train together, :mod:`qsm_lightning.watch` sees it sooner, and says it.
+    Once they train together, :mod:`qsm_lightning.watch` sees it sooner, and says it. What ``qsm-sweep`` has started
+    stops with a checkpoint when that is gone.
     """
     if int(os.environ.get("LOCAL_RANK", 0)) > 0 and launched() is None:
         threading.Thread(target=end_without, args=(os.getppid(), GRACE), daemon=True).start()
+    elif SWEEP in os.environ:
+        threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
+
+
+def _stop_without(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -114,14 +114,13 @@ def _newest_folder(siblings: Path) -> Path | None:
     return max(folders, key=lambda path: checkpoints.complete(path)[-1].path.stat().st_mtime, default=None)
 
 
-def check(checkpoint: Checkpoint, state: dict[str, Any], here: dict[str, Any], total_frames: int) -> None:
+def check_settings(checkpoint: Checkpoint, state: dict[str, Any], here: dict[str, Any]) -> None:
     """Raise :class:`SettingError` unless training can go on from ``checkpoint`` with these settings.
 
     Args:
         checkpoint: where it goes on.
         state: its content.
         here: the settings of this run, from :func:`identity`.
-        total_frames: frames to train for.
     """
     before = {name: value for name, value in BEFORE.items() if name in here}
     there = before | dict(identity(state["datamodule_hyper_parameters"], state["hyper_parameters"], state["run"]))
@@ -137,13 +136,22 @@ def check(checkpoint: Checkpoint, state: dict[str, Any], here: dict[str, Any], t
         f"{checkpoint.path} was made with other settings: {', '.join(differ)}; go on with its own "
         f"(qsm-fit --resume {checkpoint.run}), or leave --ckpt_path out to start anew",
     )
-    progress = state["OffPolicyDataModule"]["progress"]
-    frames, owed = progress["frames"], progress["evaluated"] < progress["frames"]
+
+
+def check_frames(checkpoint: Checkpoint, state: dict[str, Any], total_frames: int) -> None:
+    """Raise :class:`SettingError` unless something is left to do after ``checkpoint`` with ``total_frames`` frames."""
+    frames, owed = frames_done(state)
     same_end = total_frames == state["datamodule_hyper_parameters"]["total_frames"]
     require(
         frames < total_frames or (owed and same_end),
         f"data.total_frames is {total_frames}: {checkpoint.path} is already at {frames} frames; give a greater number",
     )
+
+
+def frames_done(state: dict[str, Any]) -> tuple[int, bool]:
+    """The frames of a state, and whether an evaluation is owed there."""
+    progress = state["OffPolicyDataModule"]["progress"]
+    return progress["frames"], progress["evaluated"] < progress["frames"]
 
 
 def other_versions(checkpoint: Checkpoint) -> str:

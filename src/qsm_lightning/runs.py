@@ -121,14 +121,19 @@ def cut_curves(run: Path, frames: int, evaluated: bool) -> None:
         _cut_events(path, keeps)
 
 
-def _cut_csv(path: Path, keeps: Any) -> None:
-    if not path.is_file():
-        return
+def metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a metrics.csv, and its rows, but for one that a killed process left unfinished."""
     content = path.read_bytes()
     content = content[: content.rfind(b"\n") + 1]  # a torn last line is not whole
     reader = csv.DictReader(io.StringIO(content.decode(errors="replace"), newline=""))
     rows = [row for row in reader if None not in row.values() and None not in row and _is_number(row.get("step"))]
-    names = reader.fieldnames or []
+    return list(reader.fieldnames or []), rows
+
+
+def _cut_csv(path: Path, keeps: Any) -> None:
+    if not path.is_file():
+        return
+    names, rows = metrics(path)
     if "step" not in names:
         return
     text = io.StringIO(newline="")

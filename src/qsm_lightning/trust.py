@@ -89,7 +89,11 @@ def _check_string(value: str, path: Path, key: str) -> None:
     where, text = str(path), value.strip()
     if "${" in value:
         raise _refusal(where, f"has {key}: {value!r}, which may hide a name")
-    if key in _FOLDERS or (key == "dataset" and text.endswith(".npz")):  # arrays alone: opening one runs no code
+    if key in _FOLDERS:
+        return
+    if key == "dataset":
+        if not text.endswith(".npz") and _is_file(Path(text).expanduser()):  # an .npz has arrays and runs no code
+            raise _refusal(where, f"takes {key} from the file {value!r}")
         return
     if key == "env":
         check_env(value, where)

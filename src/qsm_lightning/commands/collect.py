@@ -7,15 +7,16 @@ import itertools
 from pathlib import Path
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 
-from qsm_lightning import datasets, runs
+from qsm_lightning import datasets
 from qsm_lightning.collect import RecentExperience, make_collector
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.commands.trained import Trained, add_checkpoint, load
+from qsm_lightning.durable import check_writable
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require
-from qsm_lightning.replay import FRAME_KEYS
+from qsm_lightning.replay import make_replay_buffer
 from qsm_lightning.seeding import Purpose, derive_seed
 
 
@@ -36,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "--actions",
         choices=("sample", "best_of_n", "exploration"),
         default="sample",
-        help="one sample a step, the best of 32 by Q, or as in training (sample)",
+        help="one sample a step, the best of 32 by Q, or with the noise of training (sample)",
     )
     parser.add_argument("--random", type=float, default=0.0, help="share of frames with uniform random actions (0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of starts and noise (0)")
@@ -58,16 +59,16 @@ def collect(
     loss = trained.module.loss
     policy = loss.exploration_policy() if actions == "exploration" else loss.evaluation_policy(actions)
     env = make_env(trained.env)
-    seen, chunks = RecentExperience(), []
+    seen, buffer = RecentExperience(), make_replay_buffer(frames)
     with torch.random.fork_rng(), trained.module.averaged_weights():
         torch.manual_seed(derive_seed(seed, 0, Purpose.DATASET_NOISE))
         env.set_seed(derive_seed(seed, 0, Purpose.DATASET_ENV))
         collector = make_collector(env, policy, 1, round(random * frames))
         for chunk in itertools.islice(collector, frames):
             seen.add(chunk)
-            chunks.append(chunk.select(*FRAME_KEYS).clone())
+            buffer.extend(chunk)
     env.close()
-    return TensorDict.cat(chunks), seen
+    return buffer[:], seen
 
 
 def run(args: list[str] | None = None) -> None:
@@ -77,7 +78,7 @@ def run(args: list[str] | None = None) -> None:
     require(0 <= options.random <= 1, f"--random is {options.random}: it must be between 0 and 1")
     require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
     require(options.out.suffix == ".npz", f"--out is {str(options.out)!r}: give a file that ends in .npz")
-    runs.check_writable(options.out.parent)
+    check_writable(options.out, "--out")
     trained = load(options.checkpoint, options.trust)
     selectors = (*trained.module.loss.selectors, "exploration")
     require(

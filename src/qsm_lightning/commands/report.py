@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from qsm_lightning.commands.base import Parser, run_command
+from qsm_lightning.durable import check_writable
 from qsm_lightning.errors import require, require_package
-from qsm_lightning.runs import check_writable
 
 EPILOG = """
 RUNS are folders of runs, or folders in which runs lie at any depth. LABEL=FOLDER names an algorithm in the report;
@@ -51,18 +51,25 @@ def run(args: list[str] | None = None) -> None:
     from qsm_lightning.report.results import Result
     from qsm_lightning.report.summary import summarize
 
-    check_writable(options.out)
+    check_writable(options.out / "index.html", "--out")
+    if options.archive is not None:
+        check_writable(options.archive / results.VERSIONS, "--archive")
     named: list[tuple[str, Result]] = []
     unnamed: list[tuple[str, Result]] = []
     for text in options.runs:
         label, equals, path = text.partition("=") if not Path(text).exists() else ("", "", text)
+        require(
+            not set(label) & set("$|\\\n") and not label.startswith("_"),
+            f"RUNS has {text!r}: a label begins with no _ and has no $, | or backslash; choose another",
+        )
         for folder in results.find(Path(path if equals else text)):
             result = results.read(folder, options.selector, options.force)
             if result is not None:
                 (named if equals else unnamed).append((label, result))
     require(bool(named or unnamed), "RUNS: none of the runs has been evaluated yet; wait for their first evaluation")
     found = [result for _, result in unnamed]
-    comparison, notes = results.compare([*named, *zip(results.label(found), found, strict=True)], options.force)
+    labelled = [*named, *zip(results.label(found), found, strict=True)]
+    comparison, notes = results.compare(labelled, options.selector, options.force)
     written = page.write(options.out, comparison, summarize(comparison), options.selector, notes)
     if options.archive is not None:
         results.archive(comparison, options.archive)

@@ -21,11 +21,15 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from qsm_lightning import checkpoints, cli, runs
+from qsm_lightning import checkpoints, cli, durable, launching, resume, runs
 from qsm_lightning.commands.base import Parser, run_command
+from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, require
 
-OWN = ("--name", "--resume", "--ckpt_path", "--seed_everything", "--trainer.default_root_dir")
+OWN = (
+    *("--name", "--resume", "--ckpt_path", "--seed_everything"),
+    *("--trainer.default_root_dir", "--trainer.logger", "--trainer.enable_checkpointing"),
+)
 POLL = 0.5  # seconds
 LINE = re.compile(r"^frames (\d+)/(\d+)(?: return (\S+))?.* frames/s (\d+)", re.MULTILINE)
 
@@ -99,6 +103,26 @@ class Job:
         found = (folder for version in self.folder.glob("version_*") if (folder := version / runs.CHECKPOINTS).is_dir())
         return max((c for folder in found for c in checkpoints.complete(folder)), key=lambda c: c.order, default=None)
 
+    def go_on(self, settings: dict[str, Any], data: OffPolicyDataModule) -> None:
+        """Look whether it was begun, and is complete.
+
+        Raises:
+            SettingError: when what is in its folder was begun with other settings.
+        """
+        saved = self.checkpoint()
+        if saved is None:
+            return
+        state = checkpoints.load(saved.state)
+        try:
+            resume.check_settings(saved, state, settings)
+            data.check_dataset(state["OffPolicyDataModule"])
+        except SettingError as error:
+            raise SettingError(f"--out: {error}; or choose another --out") from error
+        self.frames, owed = resume.frames_done(state)
+        if self.frames >= self.total_frames and not owed:
+            self.state = "complete"
+            self.look()
+
     def look(self) -> None:
         """Read from disk how far it is."""
         if self.log.is_file() and (lines := LINE.findall(self.log.read_text(errors="replace"))):
@@ -138,7 +162,12 @@ def variants_of(vary: list[str], variants: list[str]) -> dict[str, list[str]]:
     for text in variants:
         name, equals, options = text.partition("=")
         require(bool(equals and name), f"--variant is {text!r}: write NAME=OPTIONS, such as 'sac=--model.loss sac'")
-        choices[:1] = [[*(choices[0] if choices else []), (name, shlex.split(options))]]
+        require(not name.startswith("."), f"--variant is {text!r}: a name begins with no point; choose another")
+        try:
+            words = shlex.split(options)
+        except ValueError as error:
+            raise SettingError(f"--variant is {text!r}: {error}; mend the quotes") from error
+        choices[:1] = [[*(choices[0] if choices else []), (name, words)]]
     for text in vary:
         key, equals, values = text.partition("=")
         key = key.removeprefix("--")
@@ -180,22 +209,23 @@ def plan(args: list[str] | None = None) -> tuple[list[Job], int]:
     """
     options, shared = _parser().parse_known_args(args)
     require(options.jobs > 0, f"--jobs is {options.jobs}: it must be greater than 0")
-    for option in shared:
-        name = option.partition("=")[0]
-        require(name not in OWN, f"{name} is set for each run by qsm-sweep, from --seeds and --out: leave it out")
     seeds = seeds_of(options.seeds)
     out = options.out or _default_out(shared)
-    runs.check_writable(out)
+    durable.check_writable(out / "log.txt", "--out")
     jobs = []
     for name, varied in variants_of(options.vary, options.variant).items():
+        for option in (word.partition("=")[0] for word in (*shared, *varied)):
+            require(option not in OWN, f"{option} is the same in all runs of qsm-sweep, or set by it: leave it out")
         given = [*_config_first([*shared, *varied]), f"--trainer.default_root_dir={out}"]
         built = cli.build(given)
         built.datamodule.env.close()
         for seed in seeds:
             label = "/".join(filter(None, (name, f"seed={seed}")))
             each = [*given, f"--name={label}", f"--seed_everything={seed}"]
-            runs.check_writable(out / label)
-            jobs.append(Job(label, out / label, each, built.datamodule.total_frames))
+            durable.check_writable(out / label / "log.txt", "--out")
+            job = Job(label, out / label, each, built.datamodule.total_frames)
+            job.go_on(built.identity() | {"seed_everything": seed}, built.datamodule)
+            jobs.append(job)
     return sorted(jobs, key=lambda job: seeds.index(int(job.label.rpartition("=")[2]))), options.jobs  # seeds outermost
 
 
@@ -204,7 +234,8 @@ def command(job: Job) -> list[str]:
     checkpoint = job.checkpoint()
     options = job.options
     if checkpoint is not None:
-        options = [f"--resume={checkpoint.run}", *(o for o in options if not o.startswith("--config="))]
+        options = [o for o in options if not o.startswith("--config=") and o != "--trust"]
+        options = [f"--resume={checkpoint.run}", *options, "--trust"]  # the settings are this command's own
     return [sys.executable, "-m", "qsm_lightning", *options]
 
 
@@ -225,10 +256,10 @@ class Sweep:
         """Run all.
 
         Raises:
-            Interrupted: by SIGINT or SIGTERM, once every run has saved its state.
+            Interrupted: by SIGINT, SIGTERM or SIGHUP, once every run has saved its state.
             TrainingFault: when runs have failed, at the end of the others.
         """
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(signum, self._interrupt)
         with ThreadPoolExecutor(self.at_once) as pool, View(self.jobs) as show:
             futures = [pool.submit(self._train, job) for job in self.jobs]
@@ -252,17 +283,11 @@ class Sweep:
                 job.process.send_signal(signal.SIGTERM)
 
     def _train(self, job: Job) -> None:
-        saved = job.checkpoint()
-        job.frames = saved.order[0] if saved else 0
-        if job.frames >= job.total_frames:
-            job.look()
-            job.state = "complete"
-            return
-        if self.signum is not None:
+        if self.signum is not None or job.state == "complete":
             return
         job.folder.mkdir(parents=True, exist_ok=True)
         threads = str(max(1, (os.cpu_count() or 1) // self.at_once))
-        env = {"OMP_NUM_THREADS": threads, **os.environ}
+        env = {"OMP_NUM_THREADS": threads, **os.environ, launching.SWEEP: "1"}
         with job.log.open("a") as log:
             start = log.tell()
             job.process = subprocess.Popen(

@@ -133,6 +133,8 @@ def mixture_entropy(samples: np.ndarray, seed: int = 0) -> float:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
+    if not np.isfinite(samples).all():
+        return math.nan  # training has diverged, and is stopped for it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # of samples that are all alike, at a bound
         fitted = GaussianMixture(COMPONENTS, random_state=seed).fit(samples)

@@ -38,7 +38,7 @@ class QSMLoss(DiffusionLoss):
             the target a set size in every batch, -sigma_t g / (batch_temperature mean |g|).
         batch_temperature: of ``m_q: batch``.
         m_q_slope: share of the slope that ``m_q: auto`` leaves at the end of a step, in (-1, 1): 0 takes the step to
-            the top, and more leaves the policy softer.
+            the top or to the bounds, and more leaves the policy softer.
         m_q_lr: learning rate of log M_q with ``m_q: auto``.
         score_at: take the critics' gradient at the ``noisy`` action (authors' code) or the ``clean`` one (paper).
         bc_coef: weight of behaviour cloning: the loss of a denoiser of the buffer's own actions is added.
@@ -68,7 +68,7 @@ class QSMLoss(DiffusionLoss):
         *,
         m_q: float | Literal["auto", "batch"] = 50.0,
         batch_temperature: float = 0.1,
-        m_q_slope: float = 0.4,
+        m_q_slope: float = 0.15,
         m_q_lr: float = 3e-3,
         score_at: Literal["noisy", "clean"] = "noisy",
         bc_coef: float = 0.0,
@@ -123,11 +123,12 @@ class QSMLoss(DiffusionLoss):
         r"""rho: the share of the critics' slope that is left where the last denoising step ends; scalar.
 
         From a_0 = sqrt(abar_0) a + sqrt(1 - abar_0) z the step goes from u = clip(a_0 / sqrt(alpha_0)) to v =
-        clip(a_0 / sqrt(alpha_0) + c M_q g(a_0)), c its coefficient of -eps. With D = v - u,
+        clip(a_0 / sqrt(alpha_0) + c M_q g(a_0)), c its coefficient of -eps. With D = v - u, and D' its components
+        that no bound has cut short,
 
-        .. math:: \rho = \sum_b g(v_b) \cdot D_b / \sum_b g(a_{0,b}) \cdot D_b
+        .. math:: \rho = \sum_b g(v_b) \cdot D'_b / \sum_b g(a_{0,b}) \cdot D_b
 
-        over the batch: 1 where Q is linear along the step, 0 where it ends at the top, negative beyond.
+        over the batch: 1 where Q is linear along the step, 0 where it ends at the top or a bound, negative beyond.
 
         Args:
             observation: s, [B, O].
@@ -141,8 +142,9 @@ class QSMLoss(DiffusionLoss):
         step = schedule.eps_coefs[0] * schedule.inv_sqrt_alphas[0] * self.log_m_q.exp() * g
         end = (unmoved + step).clamp(-1, 1)
         moved = end - unmoved.clamp(-1, 1)
-        left, first = (batch_mean((slope * moved).sum(-1)) for slope in (self.q_gradient(observation, end), g))
-        return left / first.clamp(min=torch.finfo(first.dtype).tiny)
+        free = moved * (unmoved + step == end)
+        left = batch_mean((self.q_gradient(observation, end) * free).sum(-1))
+        return left / batch_mean((g * moved).sum(-1)).clamp(min=torch.finfo(g.dtype).tiny)
 
     def m_q_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """-(rho - m_q_slope) log M_q, rho held fixed: M_q grows while too much of the slope is left, and else falls."""

@@ -87,8 +87,7 @@ def profiles(summary: Summary) -> Figure:
 
 def improvements(summary: Summary) -> Figure:
     """Probability that a run of one algorithm is above a run of another on the same task; a line for each pair."""
-    names = summary.labels
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    pairs = list(summary.improvements)
     figure = Figure(figsize=(6.2, 0.36 * len(pairs) + 1.1), layout="constrained")
     axis = figure.subplots()
     colour = colours(summary)

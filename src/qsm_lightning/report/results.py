@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from qsm_lightning import durable, runs
-from qsm_lightning.checkpoints import MANIFEST
+from qsm_lightning import checkpoints, durable, runs
 from qsm_lightning.errors import SettingError, require
 from qsm_lightning.losses import ALGORITHMS
 from qsm_lightning.report.statistics import Array
@@ -66,6 +65,11 @@ class Result:
         return next((name for name, cls in ALGORITHMS.items() if path.rpartition(".")[2] == cls.__name__), path)
 
     @cached_property
+    def compared(self) -> dict[str, str]:
+        """The settings that make it another algorithm."""
+        return {key: repr(value) for key, value in self.settings.items() if not NOT_COMPARED.fullmatch(key)}
+
+    @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration, flat: model.loss.m_q and so on."""
         return dict(_flat(self.config))
@@ -99,8 +103,7 @@ def read(run: Path, selector: str, force: bool = False) -> Result | None:
     try:
         config = yaml.safe_load((run / runs.CONFIG).read_text())
         evaluated = config["data"]["eval_selector"]
-        with (run / runs.METRICS).open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        _, rows = runs.metrics(run / runs.METRICS)
         columns = {key for row in rows for key, value in row.items() if value and key}
         own = evaluated == selector or (evaluated == "both" and selector == "sample")
         column = "eval/return" if own else f"eval_{selector}/return"
@@ -124,8 +127,8 @@ def _versions(run: Path) -> dict[str, str]:
     """Of the packages that a run was made with: kept beside it, or from its newest checkpoint."""
     if (run / VERSIONS).is_file():
         return json.loads((run / VERSIONS).read_text())
-    manifests = sorted((run / runs.CHECKPOINTS).glob(f"[0-9]*/{MANIFEST}"))
-    return json.loads(manifests[-1].read_text())["versions"] if manifests else {}
+    saved = checkpoints.complete(run / runs.CHECKPOINTS)
+    return saved[-1].manifest()["versions"] if saved else {}
 
 
 def label(results: list[Result]) -> list[str]:
@@ -136,9 +139,9 @@ def label(results: list[Result]) -> list[str]:
         same = sorted((r for r in results if r.algorithm == algorithm), key=lambda result: result.env)
         differing[algorithm] = set()
         for _, members_of in groupby(same, lambda result: result.env):
-            members = [result.settings for result in members_of]
-            keys = {key for member in members for key in member if not NOT_COMPARED.fullmatch(key)}
-            differing[algorithm] |= {k for k in keys if len({repr(m.get(k)) for m in members}) > 1}
+            members = [result.compared for result in members_of]
+            keys = {key for member in members for key in member}
+            differing[algorithm] |= {k for k in keys if len({m.get(k) for m in members}) > 1}
     for result in results:
         told = sorted(differing[result.algorithm])
         values = [f"{key.rpartition('.')[2]}={_short(result.settings.get(key))}" for key in told]
@@ -153,17 +156,25 @@ def _short(value: Any) -> str:
 Comparison = dict[str, dict[str, list[Result]]]  # environment -> label -> runs, one per seed
 
 
-def compare(labelled: Iterable[tuple[str, Result]], force: bool = False) -> tuple[Comparison, list[str]]:
-    """Runs by environment and label, and sentences on what was left out.
+def compare(
+    labelled: Iterable[tuple[str, Result]], selector: str = "sample", force: bool = False
+) -> tuple[Comparison, list[str]]:
+    """Runs by environment and label, and sentences on what a reader has to know of them.
 
     Raises:
-        SettingError: for two versions of one environment, unless ``force``; for runs without a common evaluation.
+        SettingError: for what does not compare, unless ``force``: two versions of one environment, one label for
+            different settings, the best of different numbers of samples; and for runs without a common evaluation.
     """
     comparison: Comparison = {}
-    notes = []
+    notes = ["--force: what does not compare was not looked for"] if force else []
     for name, result in sorted(labelled, key=lambda pair: (pair[1].env, pair[0], pair[1].seed, -pair[1].frames[-1])):
         same = comparison.setdefault(result.env, {}).setdefault(name, [])
-        if same and same[-1].seed == result.seed:
+        require(
+            force or not same or same[-1].compared == result.compared,
+            f"{name} stands for runs of {result.env} with different settings, such as {result.run}: give each its own "
+            "LABEL=FOLDER, or insist with --force",
+        )
+        if same and same[-1].seed == result.seed and same[-1].compared == result.compared:
             notes.append(f"{result.run} is left out: {same[-1].run} has the same settings and seed, and is as long")
         else:
             same.append(result)
@@ -175,16 +186,38 @@ def compare(labelled: Iterable[tuple[str, Result]], force: bool = False) -> tupl
             "leave one out, or insist with --force",
         )
     for env, by_label in comparison.items():
+        every = [result for results in by_label.values() for result in results]
+        candidates = {result.settings.get("data.eval_candidates") for result in every}
         require(
-            len(common_frames(by_label)) > 0,
-            f"the runs of {env} were never evaluated at the same frame: compare runs with one data.eval_every_frames",
+            force or selector != "best_of_n" or len(candidates) == 1,
+            f"runs of {env} were evaluated with the best of different numbers of samples ({candidates}): compare by "
+            "--selector sample, or insist with --force",
         )
+        common = common_frames(by_label)
+        require(
+            len(common) > 0,
+            f"the runs of {env} were never evaluated at the same frame: compare runs with one data.eval_every_frames "
+            "and one data.num_envs",
+        )
+        shortest = min(every, key=lambda result: result.frames[-1])
+        longest = max(result.frames[-1] for result in every)
+        if common[-1] < longest:
+            notes.append(
+                f"{env} is compared up to {common[-1]:,} of {longest:,.0f} frames, where all were evaluated: "
+                f"{shortest.run} ends at {shortest.frames[-1]:,.0f}"
+            )
+    everywhere = set.intersection(*(set(by_label) for by_label in comparison.values()))
+    notes += [
+        f"{name} is left out where tasks are taken together: it has no run on some"
+        for name in dict.fromkeys(name for by_label in comparison.values() for name in by_label)
+        if name not in everywhere
+    ]
     return comparison, notes
 
 
 def _base(env: str) -> str:
     """The name of an environment without its version and where it comes from."""
-    return re.sub(r"-v\d+$", "", env.removeprefix("envpool:"))
+    return re.sub(r"-v\d+$", "", re.sub(r"^(?!dmc:)[\w.]+:", "", env))
 
 
 def common_frames(by_label: Mapping[str, list[Result]]) -> list[int]:
@@ -212,10 +245,9 @@ def archive(comparison: Comparison, folder: Path) -> None:
 
 def _evaluations(run: Path) -> str:
     """The rows and columns of a run's metrics that are evaluations, as CSV."""
-    with (run / runs.METRICS).open(newline="") as file:
-        reader = csv.DictReader(file)
-        names = ["step", *(name for name in reader.fieldnames or [] if name.startswith("eval"))]
-        rows = [row for row in reader if row.get("eval/return")]
+    columns, found = runs.metrics(run / runs.METRICS)
+    names = ["step", *(name for name in columns if name.startswith("eval"))]
+    rows = [row for row in found if row.get("eval/return")]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, names, extrasaction="ignore")
     writer.writeheader()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ class Summary:
         labels: those with runs in every environment, which can be taken together.
         aggregate: by label, interquartile mean of scaled final returns over all tasks.
         profiles: by label, share of runs above each of :data:`LEVELS`.
-        improvements: by ordered pair of labels, probability that a run of the first is above one of the second.
+        improvements: by pair of labels, probability that a run of the first is above one of the second.
     """
 
     frames: dict[str, list[int]]
@@ -95,7 +96,7 @@ def summarize(comparison: Comparison) -> Summary:
             final.setdefault(name, {})[env] = (last - low) / (high - low)
     labels = [name for name, by_env in final.items() if len(by_env) == len(comparison)]
     samples = {name: [final[name][env] for env in comparison] for name in labels}
-    pairs = [(a, b) for a in labels for b in labels if a != b]
+    pairs = list(itertools.combinations(labels, 2))
     return Summary(
         frames,
         curves,
