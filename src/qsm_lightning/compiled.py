@@ -75,7 +75,7 @@ def compile_acting(policy: Policy) -> None:
 
 def first_line(error: BaseException) -> str:
     """What torch says before it goes into details."""
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def can_trace_gradients() -> bool:

@@ -21,7 +21,7 @@ def mish(x: Tensor) -> Tensor:
     For a batch on a CPU this is faster than ``torch.nn.functional.mish``, the more so when compiled; for few numbers
     that is, and is called. Above x = 20 the factor is 1 in float64.
     """
-    if not torch.compiler.is_compiling() and x.numel() <= FEW:
+    if not torch.compiler.is_compiling() and x.numel() <= FEW:  # in this order: a traced batch has no known size
         return F.mish(x)
     u = x.clamp(max=20).exp()
     n = u * (u + 2)
