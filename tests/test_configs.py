@@ -16,7 +16,7 @@ from tests.compare import last
 from tests.helpers import CONFIGS, ROOT, SHRINK, has
 
 NAMES = [str(path.relative_to(ROOT / "conf").with_suffix("")) for path in CONFIGS]
-GYM = {"pendulum", "hopper", "halfcheetah", "walker2d", "ant", "humanoid", "swimmer"}
+GYM = {"pendulum", "hopper", "halfcheetah", "walker2d", "ant", "humanoid", "swimmer", "toy_two_goals"}
 DMC = ["cartpole_balance", "cartpole_swingup", "cheetah_run", "hopper_hop"]
 DMC += ["walker_walk", "walker_run", "quadruped_walk", "humanoid_walk"]
 
@@ -50,12 +50,12 @@ def test_a_configuration_trains(
     run = next(tmp_path.glob("runs/*/version_0"))
     last(run)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    expected = 120.0 if name in ("dmc/quadruped_walk", "dmc/humanoid_walk") else 1.0 if name == "pendulum" else 50.0
+    own = {"dmc/quadruped_walk": 120.0, "dmc/humanoid_walk": 120.0, "pendulum": 1.0, "toy_two_goals": 0.25}
     loss = config["model"]["loss"]
     if name.startswith("algo/"):
         assert loss["class_path"] == f"qsm_lightning.losses.{ALGORITHMS[name.removeprefix('algo/')].__name__}"
     else:
-        assert loss["init_args"]["m_q"] == expected
+        assert loss["init_args"]["m_q"] == own.get(name, 50.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
