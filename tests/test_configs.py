@@ -16,7 +16,7 @@ from tests.compare import last
 from tests.helpers import CONFIGS, ROOT, SHRINK, has
 
 NAMES = [str(path.relative_to(ROOT / "conf").with_suffix("")) for path in CONFIGS]
-GYM = {"pendulum", "hopper", "halfcheetah", "walker2d", "ant", "humanoid", "swimmer"}
+GYM = {"pendulum", "hopper", "halfcheetah", "walker2d", "ant", "humanoid", "swimmer", "toy_two_goals"}
 DMC = ["cartpole_balance", "cartpole_swingup", "cheetah_run", "hopper_hop"]
 DMC += ["walker_walk", "walker_run", "quadruped_walk", "humanoid_walk"]
 
@@ -51,7 +51,7 @@ def test_a_configuration_trains(
     run = next(tmp_path.glob("runs/*/version_0"))
     last(run)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    of_some = {"pendulum": 1.0, "dmc/quadruped_walk": 120.0, "dmc/humanoid_walk": 120.0}
+    of_some = {"pendulum": 1.0, "dmc/quadruped_walk": 120.0, "dmc/humanoid_walk": 120.0, "toy_two_goals": 0.25}
     expected = of_some.get(name, "auto" if name in GYM else 50.0)
     loss = config["model"]["loss"]
     if name.startswith("algo/"):

@@ -17,7 +17,13 @@ MUJOCO = (
     *("Ant", "HalfCheetah", "Hopper", "Humanoid", "HumanoidStandup", "InvertedDoublePendulum", "InvertedPendulum"),
     *("Pusher", "Reacher", "Swimmer", "Walker2d"),
 )
-OTHER = ("Pendulum-v1", "MountainCarContinuous-v0", "tests.fake_envs:Clock-v0", "tests.fake_envs:Wanderer-v0")
+OTHER = (
+    "Pendulum-v1",
+    "MountainCarContinuous-v0",
+    "tests.fake_envs:Clock-v0",
+    "tests.fake_envs:Wanderer-v0",
+    "qsm_lightning/TwoGoals-v0",
+)
 # One task of each domain, and those that change their model; the rest are in the slow test.
 DMC = (
     *("acrobot/swingup", "ball_in_cup/catch", "cartpole/swingup", "cheetah/run", "finger/turn_hard", "fish/swim"),

@@ -47,7 +47,7 @@ def test_configurations_and_callbacks_ship(wheel: Path) -> None:
     requirements = zipfile.ZipFile(wheel).read(next(name for name in names if name.endswith("METADATA"))).decode()
     assert "Requires-Dist: pytorch-lightning" in requirements
     assert "Requires-Dist: lightning" not in requirements
-    for extra in ("dmc", "envpool", "export", "ray", "video", "dev"):
+    for extra in ("dmc", "envpool", "export", "modes", "offline", "ray", "report", "umap", "video", "dev"):
         assert f"Provides-Extra: {extra}" in requirements
 
 

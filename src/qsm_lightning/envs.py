@@ -35,6 +35,7 @@ from torchrl.envs import (
     TransformedEnv,
 )
 
+from qsm_lightning import toy  # noqa: F401  # registers its environment
 from qsm_lightning.env_faults import Guarded, ProcessEnv
 from qsm_lightning.errors import EnvironmentFault, SettingError, require, require_package
 from qsm_lightning.watch import beat

@@ -61,10 +61,13 @@ class Trained:
         return loss.evaluation_policy(selector, candidates)
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add the options of :func:`load`: ``checkpoint`` and ``trust``."""
+def add_checkpoint(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Add the options of :func:`load`: ``checkpoint``, a list of them for ``several``, and ``trust``."""
     parser.add_argument(
-        "checkpoint", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its best checkpoint) or a .ckpt"
+        "checkpoint",
+        metavar="RUN_OR_CHECKPOINT",
+        nargs="+" if several else None,
+        help="a run's folder (its best checkpoint) or a .ckpt",
     )
     parser.add_argument(
         "--trust", action="store_true", help="also load settings that name code outside of the packages trusted"

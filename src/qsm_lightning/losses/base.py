@@ -103,6 +103,10 @@ class OffPolicyLoss(LossModule):
     def evaluation_policy(self, selector: str = "sample", n: int = 32) -> TensorDictModuleBase:
         """The policy without exploration noise; ``selector`` is ``sample`` or ``best_of_n`` of ``n`` samples."""
 
+    def stochastic_policy(self) -> TensorDictModuleBase:
+        """The learned distribution: a draw for every action, and no noise that is added to explore."""
+        return self.evaluation_policy()
+
 
 @torch.no_grad()
 def polyak_update(online: nn.Module, target: nn.Module, tau: float) -> None:

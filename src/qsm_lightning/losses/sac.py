@@ -71,6 +71,10 @@ class SAC(WrappedLoss):
     def policy(self, actor: Any, explores: bool) -> Policy:
         return TanhGaussianPolicy(actor.module[0].module, explores)
 
+    def stochastic_policy(self) -> Policy:
+        """Samples, which is also how it collects."""
+        return self.exploration_policy()
+
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """The critics' loss on a replay batch [B]."""
         loss, found = self.inner.qvalue_v2_loss(tensordict)
