@@ -20,7 +20,7 @@ from qsm_lightning.commands import modes as command
 from qsm_lightning.commands.trained import load
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import ALGORITHMS, QSM, SAC
-from qsm_lightning.modes import Sampled, dip, find_modes, spread
+from qsm_lightning.modes import Sampled, _components, dip, find_modes, spread
 from qsm_lightning.modes_picture import draw_modes, project
 from tests.compare import last
 from tests.helpers import SHRINK, has
@@ -92,6 +92,19 @@ def test_what_is_in_no_mode_is_labelled_so() -> None:
     found = find_modes(actions)
     assert np.array_equal(found.labels == -1, np.abs(actions[:, 0]) < 0.4)
     assert found.shares.sum() == pytest.approx((found.labels >= 0).mean())
+
+
+def test_simpler_counts_would_be_wrong() -> None:
+    """What is here counts neither components, as BIC has several for a flat peak, nor what mean shift ends in."""
+    from sklearn.cluster import MeanShift
+
+    random = np.random.default_rng(0)
+    flat, _ = KNOWN["uniform"]
+    assert len(np.unique(_components(flat(random, 1)))) > 2
+    two, _ = KNOWN["two, and anything"]
+    actions = two(random, 2)
+    assert len(MeanShift(bin_seeding=True).fit(actions).cluster_centers_) > 10
+    assert len(find_modes(actions)) == 2
 
 
 def test_corners_are_modes() -> None:
@@ -254,6 +267,17 @@ def test_few_actions_are_too_few_for_umap() -> None:
     assert labels[0] == "principal component 1"
 
 
+def test_histograms_show_shares() -> None:
+    wide, point = np.random.default_rng(0).uniform(-1, 1, (400, 1)), np.full((400, 1), 0.5)
+    figure = draw_modes(["one", "other"], [[Sampled(0, part, find_modes(part))] for part in (wide, point)], "pca", 0)
+    axes = figure.get_axes()
+    heights = [[bar.get_y() + bar.get_height() for bar in axis.patches] for axis in axes]  # type: ignore[attr-defined]
+    assert sum(heights[0]) == pytest.approx(1)
+    assert max(heights[1]) == pytest.approx(1)
+    for axis, found in zip(axes, heights, strict=True):
+        assert axis.get_ylim() == pytest.approx((0, 1.05 * max(found)))
+
+
 def test_two_dimensions_are_drawn_as_they_are() -> None:
     actions = [np.random.default_rng(i).uniform(-1, 1, (60, 2)) for i in range(2)]
     found = [[Sampled(5, part, find_modes(part))] for part in actions]
@@ -319,6 +343,6 @@ def test_qsm_keeps_both_optimal_actions_and_sac_has_one(tmp_path: Path, monkeypa
     qsm, sac = (run["states"][0] for run in measure(tmp_path, *runs)["runs"])
     assert qsm["modes"] == 2
     assert min(qsm["shares"]) > 0.2
-    np.testing.assert_allclose(sorted(centre[0] for centre in qsm["centres"]), [-0.5, 0.5], atol=0.1)
+    np.testing.assert_allclose(sorted(centre[0] for centre in qsm["centres"]), [-0.5, 0.5], atol=0.15)
     assert sac["modes"] == 1
     assert sac["shares"][0] > 0.95

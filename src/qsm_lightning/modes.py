@@ -1,4 +1,4 @@
-"""How many modes a sample of actions has: the peaks of a Gaussian mixture's density."""
+"""How many modes a sample of actions has, where they are, and how wide it is."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def _joined(actions: np.ndarray, parts: list[np.ndarray]) -> list[np.ndarray]:
     parts = list(parts)
     while len(parts) > 1:
         pairs = [(dip(actions[parts[i]], actions[parts[j]]), i, j) for j in range(len(parts)) for i in range(j)]
-        least, i, j = max(pairs)
-        if least < DIP:
+        shallowest, i, j = max(pairs)
+        if shallowest < DIP:
             break
         parts[i] = parts[i] | parts.pop(j)
     return parts

@@ -18,16 +18,17 @@ NEIGHBOURS = 15  # UMAP's default
 def draw_modes(names: list[str], found: list[list[Sampled]], projection: str, seed: int) -> Figure:
     """A row for each state and a column for each run, in one colour for each mode, and grey for none.
 
-    Actions of one dimension are histograms, those of two are points, and those of more are projected to two, with one
-    projection for all runs in a row.
+    Actions of one dimension are histograms, each as high as its tallest bar; those of two are points; those of more are
+    projected to two, with one projection for all runs in a row.
     """
     rows, columns = len(found[0]), len(found)
+    lines = found[0][0].actions.shape[-1] == 1
     figure = Figure(figsize=(3.4 * columns + 0.4, 3 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex="row", sharey="row")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex="row", sharey=False if lines else "row")
     for row, states in enumerate(zip(*found, strict=True)):
         points, labels = project([state.actions for state in states], projection, seed)
         for axis, name, state, place in zip(axes[row], names, states, points, strict=True):
-            (_draw_line if place.shape[-1] == 1 else _draw_plane)(axis, place, state.modes)
+            (_draw_line if lines else _draw_plane)(axis, place, state.modes)
             counted = "1 mode" if len(state.modes) == 1 else f"{len(state.modes)} modes"
             axis.set_title(f"{name}\n{counted}: {state.modes.in_percent(4)}", fontsize=10)
             axis.set_xlabel(labels[0])
@@ -70,7 +71,7 @@ def _draw_line(axis: Axes, actions: np.ndarray, modes: Modes) -> None:
     weights = [np.full(len(part), 1 / len(actions)) for part, _ in parts]
     colours = [colour for _, colour in parts]
     axis.hist([part for part, _ in parts], bins=40, range=(-1, 1), weights=weights, color=colours, stacked=True)
-    axis.set(xlim=(-1.05, 1.05), ylim=(0, 1))
+    axis.set_xlim(-1.05, 1.05)
 
 
 def _draw_plane(axis: Axes, points: np.ndarray, modes: Modes) -> None:
