@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -312,13 +313,8 @@ def test_bad_input_ends_in_a_sentence(toys: list[str], hoppers: list[str], tmp_p
 
 @pytest.mark.parametrize(("package", "extra"), [("sklearn", "modes"), ("umap", "umap")])
 def test_a_missing_extra_is_named(package: str, extra: str, toys: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == package:
-            raise ModuleNotFoundError(f"No module named {package!r}")
-        return importing(name, *args, **kwargs)
-
-    importing = command.importlib.import_module
-    monkeypatch.setattr(command.importlib, "import_module", without)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == package else find(name, *args))
     with pytest.raises(SettingError, match=rf"qsm-lightning\[{extra}\]"):
         command.run([toys[0], "--projection", "umap"])
 

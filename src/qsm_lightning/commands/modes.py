@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from qsm_lightning import durable
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.commands.trained import Trained, add_checkpoint, load
 from qsm_lightning.envs import make_env
-from qsm_lightning.errors import SettingError, require
+from qsm_lightning.errors import require, require_package
 from qsm_lightning.modes import Modes, Sampled, find_modes, spread
 from qsm_lightning.modes_picture import draw_modes, png
 from qsm_lightning.seeding import Purpose, derive_seed
@@ -63,9 +61,11 @@ def run(args: list[str] | None = None) -> None:
     options = _parser().parse_args(args)
     require(options.samples >= 50, f"--samples is {options.samples}: modes are counted from at least 50")
     require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
-    _require_extra("sklearn", "scikit-learn", "modes", "qsm-modes")
+    require_package("sklearn", "modes", "qsm-modes")
     if options.projection == "umap":
-        _require_extra("umap", "umap-learn", "umap", "--projection umap")
+        require_package("umap", "umap", "--projection is umap")
+    folder = Path(options.out)
+    durable.check_writable(folder / "modes.json", "--out")
     runs = [load(name, options.trust) for name in options.checkpoint]
     for name, trained in zip(options.checkpoint, runs, strict=True):
         require(
@@ -73,7 +73,6 @@ def run(args: list[str] | None = None) -> None:
             f"{name} is of {trained.env} and {options.checkpoint[0]} of {runs[0].env}: only runs of one environment "
             "can be compared at the same states",
         )
-    folder = _writable(options.out)
     states = reference_states(runs[0], options.steps, options.seed)
     found = [[_measure(trained, *state, options.samples, options.seed) for state in states] for trained in runs]
     names = _names(options.checkpoint, runs)
@@ -82,27 +81,10 @@ def run(args: list[str] | None = None) -> None:
         "modes.md": _table(options, names, runs, found),
         "modes.png": png(draw_modes(names, found, options.projection, options.seed)),
     }
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         durable.write_file(folder / name, content)
     print(f"{files['modes.md'].decode()}\n{', '.join(str(folder / name) for name in files)}")
-
-
-def _require_extra(module: str, package: str, extra: str, what: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise SettingError(f"{what} needs {package} ({error}); pip install 'qsm-lightning[{extra}]'") from error
-
-
-def _writable(out: str) -> Path:
-    """The folder ``out``, made where it is missing."""
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        require(os.access(folder, os.W_OK), f"--out is {out!r}: it cannot be written; choose another folder")
-    except OSError as error:
-        raise SettingError(f"--out is {out!r}: {error.strerror}; choose another folder") from error
-    return folder
 
 
 # The actions.
