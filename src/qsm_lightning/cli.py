@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ class SaveResolvedConfig(SaveConfigCallback):
 
 def run_name(env: str) -> str:
     """The folder name of an environment's runs: dmc:cartpole/swingup -> dmc-cartpole-swingup."""
-    return env.replace(":", "-").replace("/", "-")
+    return re.sub(r"[^\w.=]+", "-", env)
 
 
 def fit(args: list[str] | None = None) -> None:

@@ -23,6 +23,7 @@ from qsm_lightning import datasets, durable, launching, runs, sharding
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.collect import Progress, RecentExperience, as_written, make_collector
 from qsm_lightning.compiled import compile_acting
+from qsm_lightning.continuous import TIME_STEP
 from qsm_lightning.distributed import Ranks
 from qsm_lightning.env_state import NoStateError, env_states, load_env_states
 from qsm_lightning.envs import make_env
@@ -235,7 +236,8 @@ class OffPolicyDataModule(LightningDataModule):
         self.env = self._make_env(num_envs)
         self.observation_dim = self.env.observation_spec["observation"].shape[-1]
         self.action_dim = self.env.action_spec.shape[-1]
-        self._dataset = datasets.load(dataset, self.observation_dim, self.action_dim) if dataset else None
+        timed = TIME_STEP in self.env.observation_spec
+        self._dataset = datasets.load(dataset, self.observation_dim, self.action_dim, timed) if dataset else None
         self._fingerprint = None if self._dataset is None else datasets.fingerprint(self._dataset)
         self.offline: FrameBuffer | None = None  # of this rank's part of the dataset, from setup on
         self.progress = Progress()
@@ -312,12 +314,13 @@ class OffPolicyDataModule(LightningDataModule):
         )
 
     def check_loss(self, loss: OffPolicyLoss) -> None:
-        """Raise :class:`SettingError` unless ``loss`` has the policy that is to be evaluated."""
+        """Raise :class:`SettingError` unless ``loss`` has the policy that is to be evaluated, and suits the env."""
         wanted = self.eval_selectors
         require(
             bool({*wanted} & {*loss.selectors}),
             f"data.eval_selector is {wanted[0]}: {type(loss).__name__} has {' and '.join(loss.selectors)}",
         )
+        loss.check_env(self.env)
 
     def check_dataset(self, state_dict: dict[str, Any]) -> None:
         """Raise :class:`SettingError` unless the saved run learned from the same dataset, or from none as this one."""
@@ -526,12 +529,21 @@ class OffPolicyDataModule(LightningDataModule):
     def _sample(self) -> TensorDictBase:
         """A minibatch: of what was collected, or with the dataset's share."""
         if self.offline is None:
-            return self.buffer.sample(self._rank_batch)
+            return self._drawn(self.buffer, self._rank_batch, self._copies)
         collected = min(self._rank_batch - round(self.offline_share * self._rank_batch), len(self.buffer))
-        parts = [self.offline.sample(self._rank_batch - collected)]
+        parts = [self._drawn(self.offline, self._rank_batch - collected)]
         if collected:
-            parts.append(self.buffer.sample(collected))
+            parts.append(self._drawn(self.buffer, collected, self._copies))
         return TensorDict.cat(parts)
+
+    def _drawn(self, buffer: FrameBuffer, count: int, copies: int = 1) -> TensorDictBase:
+        window = self._loss.window
+        return buffer.sample(count) if window == 1 else buffer.sample_windows(count, window, copies)
+
+    @property
+    def _copies(self) -> int:
+        """How many environments take turns in the buffer."""
+        return self.num_envs * (1 if self.collector_kind == "local" else self.collector_workers)
 
     @property
     def _rank_batch(self) -> int:

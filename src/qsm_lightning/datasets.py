@@ -18,15 +18,17 @@ from tensordict.utils import NestedKey
 
 from qsm_lightning import checkpoints, durable, runs
 from qsm_lightning.checkpoints import Checkpoint
+from qsm_lightning.continuous import TIME_STEP
 from qsm_lightning.errors import SettingError, require, require_package
-from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive
+from qsm_lightning.replay import FRAME_KEYS, TIME_STEP_KEY, Chunk, ReplayArchive, frame_keys
 
 Arrays = Mapping[str, np.ndarray]
 MINARI = "minari:"
 NEEDED = ("observations", "actions", "rewards", "terminals")
+OPTIONAL = ("timeouts", "next_observations", "time_steps")
 
 
-def load(source: str, observation_dim: int, action_dim: int) -> TensorDict:
+def load(source: str, observation_dim: int, action_dim: int, timed: bool = False) -> TensorDict:
     """The frames [N] of a dataset, with the keys of the replay buffer.
 
     Args:
@@ -34,6 +36,7 @@ def load(source: str, observation_dim: int, action_dim: int) -> TensorDict:
             or a checkpoint with a saved buffer.
         observation_dim: O of the environment.
         action_dim: A of the environment; actions are in [-1, 1], to which those of Minari are scaled.
+        timed: whether the environment's frames carry their time step.
 
     Raises:
         SettingError: when there is no such dataset, or it does not fit the environment.
@@ -45,13 +48,18 @@ def load(source: str, observation_dim: int, action_dim: int) -> TensorDict:
     else:
         frames = from_d4rl(_file(Path(source)), source)
     _check(frames, source, observation_dim, action_dim)
-    return frames
+    require(
+        not timed or TIME_STEP_KEY in frame_keys(frames),
+        f"data.dataset is {source!r}: its transitions do not tell their time steps, and data.env is in continuous "
+        "time; add an array time_steps [N], in seconds",
+    )
+    return frames if timed else frames.select(*FRAME_KEYS)
 
 
 def fingerprint(frames: TensorDictBase) -> str:
     """A hash of the content."""
     digest = hashlib.sha256()
-    for key in FRAME_KEYS:
+    for key in frame_keys(frames):
         digest.update(frames[key].contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -68,7 +76,7 @@ def _check(frames: TensorDictBase, source: str, observation_dim: int, action_dim
             f"data.dataset is {source!r}: its {what} have the shape {list(frames[key].shape[1:])}, and data.env has "
             f"[{width}]; choose the dataset of this environment",
         )
-    for key in FRAME_KEYS:
+    for key in frame_keys(frames):
         name = key if isinstance(key, str) else " ".join(key)
         value = frames[key]
         require(
@@ -89,8 +97,8 @@ def from_d4rl(arrays: Arrays, source: str = "dataset") -> TensorDict:
 
     Args:
         arrays: observations [N, O], actions [N, A], rewards [N], terminals [N]; timeouts [N] and next_observations
-            [N, O] where they are known. Without the latter, the next observation is the one that follows in the file,
-            and the last frame of an episode that was not terminated is left out.
+            [N, O] where they are known, and time_steps [N] in seconds. Without next_observations, the next observation
+            is the one that follows in the file, and the last frame of an episode that was not terminated is left out.
         source: what messages call it.
 
     Raises:
@@ -98,7 +106,7 @@ def from_d4rl(arrays: Arrays, source: str = "dataset") -> TensorDict:
     """
     missing = [name for name in NEEDED if name not in arrays]
     require(not missing, f"data.dataset is {source!r}: it has no {', '.join(missing)}; D4RL's layout is needed")
-    present = [name for name in (*NEEDED, "timeouts", "next_observations") if name in arrays]
+    present = [name for name in (*NEEDED, *OPTIONAL) if name in arrays]
     for name in present:
         kind, dims = arrays[name].dtype.kind, 2 if "ions" in name else 1
         require(
@@ -124,7 +132,11 @@ def from_d4rl(arrays: Arrays, source: str = "dataset") -> TensorDict:
         known[-1:] &= terminated[-1:, 0]
         kept = np.flatnonzero(known)
     columns = (observation, arrays["actions"], arrays["rewards"].reshape(count, 1), following, terminated, ended)
-    return _frames(*(column[kept] for column in columns))
+    frames = _frames(*(column[kept] for column in columns))
+    if "time_steps" in arrays:
+        time_steps = np.array(arrays["time_steps"].reshape(count, 1)[kept], np.float32)
+        frames[TIME_STEP_KEY] = torch.from_numpy(time_steps)
+    return frames
 
 
 def _frames(
@@ -157,7 +169,7 @@ def _file(path: Path) -> Arrays:
         f"data.dataset is {str(path)!r}: give an .npz, .h5 or .hdf5 file, a run's folder, or minari:NAME",
     )
     require(path.is_file(), f"data.dataset is {str(path)!r}: there is no such file")
-    names = (*NEEDED, "timeouts", "next_observations")
+    names = (*NEEDED, *OPTIONAL)
     try:
         if path.suffix == ".npz":
             with np.load(path) as file:  # arrays alone: pickled objects are refused
@@ -239,6 +251,7 @@ def save_npz(path: Path, frames: TensorDictBase) -> None:
     """Write frames [N] in D4RL's layout, next_observations and timeouts included; whole or not at all."""
     following = frames["next"]
     terminated = following["terminated"].squeeze(-1)
+    timed = TIME_STEP_KEY in frame_keys(frames)
     file = io.BytesIO()
     np.savez_compressed(
         file,
@@ -248,5 +261,6 @@ def save_npz(path: Path, frames: TensorDictBase) -> None:
         terminals=terminated.numpy(),
         timeouts=(following["done"].squeeze(-1) & ~terminated).numpy(),
         next_observations=following["observation"].numpy(),
+        **({"time_steps": following[TIME_STEP].squeeze(-1).numpy()} if timed else {}),
     )
     durable.write_file(path, file.getvalue())

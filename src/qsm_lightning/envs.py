@@ -36,6 +36,16 @@ from torchrl.envs import (
 )
 
 from qsm_lightning import toy  # noqa: F401  # registers its environment
+from qsm_lightning.continuous import (
+    PREFIX,
+    TIME_STEP,
+    ContinuousTime,
+    MovingAction,
+    TimedDMControlEnv,
+    TimedGymWrapper,
+    time_dm_control,
+    time_gym,
+)
 from qsm_lightning.env_faults import Guarded, ProcessEnv
 from qsm_lightning.errors import EnvironmentFault, SettingError, require, require_package
 from qsm_lightning.watch import beat
@@ -59,7 +69,8 @@ def make_env(name: str, num_envs: int = 1, processes: bool = False, timeout: flo
 
     Args:
         name: a gymnasium id (``Hopper-v5``, or ``module:Id-v0`` to import ``module`` first), ``dmc:domain/task``, or
-            ``envpool:`` followed by one of envpool's ids.
+            ``envpool:`` followed by one of envpool's ids. ``continuous:`` before one of the first two has frames carry
+            their time step, and takes the options of :class:`~qsm_lightning.continuous.ContinuousTime` after a ``?``.
         num_envs: batch size of the environment; 1 gives an environment without batch dimension, unless ``processes``.
         processes: give each copy a process of its own; envpool has its own threads and takes no notice.
         timeout: seconds after which a process that does not answer counts as hanging.
@@ -67,33 +78,51 @@ def make_env(name: str, num_envs: int = 1, processes: bool = False, timeout: flo
     Raises:
         SettingError: unknown name, missing extra, or actions that are not a bounded Box.
     """
-    source, _, task = name.partition(":")
-    transforms: list[Transform] = []
+    own, time = _in_continuous_time(name)
+    source, _, task = own.partition(":")
     if source == "envpool":
         env: EnvBase = EnvpoolEnv(task, num_envs)
         env.source = name
         return TransformedEnv(env, Compose(RewardSum(), StepCounter()))
-    if source == "dmc":
-        single = partial(_dmc_env, task)
-        probe = _dmc_env(task)
-        keys = [key for key in probe.observation_spec.keys(True, True) if key != "pixels"]
-        transforms += [
-            CatTensors(sorted(keys), "observation"),
-            DoubleToFloat(in_keys=["observation", "reward"], in_keys_inv=["action"]),
-        ]
-        space = probe.action_spec.space
-        if (space.low != -1).any() or (space.high != 1).any():
-            transforms.append(ActionScaling())
-    else:
-        single = partial(_gym_env, name)
-        probe = _gym_env(name)
-    env = probe
+    single = partial(_dmc_env, task, time) if source == "dmc" else partial(_gym_env, own, time)
+    env = probe = single()
+    transforms = _transforms(probe, time)
     if processes or num_envs > 1:
         probe.close()
         env = (
             ProcessEnv([single] * num_envs, source=name, timeout=timeout) if processes else SerialEnv(num_envs, single)
         )
-    return TransformedEnv(env, Compose(*transforms, RewardSum(), StepCounter()))
+    return TransformedEnv(env, Compose(*transforms))
+
+
+def _in_continuous_time(name: str) -> tuple[str, ContinuousTime | None]:
+    """An environment's own name, and what is asked of its time."""
+    source, _, rest = name.partition(":")
+    if source != PREFIX:
+        return name, None
+    time = ContinuousTime.parse(rest)
+    require(
+        not time.env.startswith("envpool:"),
+        f"data.env is {name!r}: envpool does not tell its time steps; use the environment's gymnasium or dmc: name",
+    )
+    return time.env, time
+
+
+def _transforms(env: EnvBase, time: ContinuousTime | None) -> list[Transform]:
+    """What turns a single environment's frames into those of this package."""
+    transforms: list[Transform] = []
+    if isinstance(env, DMControlEnv):
+        keys = [key for key in env.observation_spec.keys(True, True) if key not in ("pixels", TIME_STEP)]
+        transforms += [
+            CatTensors(sorted(keys), "observation"),
+            DoubleToFloat(in_keys=["observation", "reward"], in_keys_inv=["action"]),
+        ]
+        space = env.action_spec.space
+        if (space.low != -1).any() or (space.high != 1).any():
+            transforms.append(ActionScaling())
+    if time is not None and (time.max_speed or time.horizon):
+        transforms.append(MovingAction(time, env.action_spec.shape[-1]))
+    return [*transforms, RewardSum(), StepCounter()]
 
 
 def _check_bounds(name: str, low: np.ndarray, high: np.ndarray) -> None:
@@ -189,24 +218,33 @@ def gym_copies(env: EnvBase) -> list[GuardedGymWrapper] | None:
     return copies if all(type(copy) is GuardedGymWrapper for copy in copies) else None
 
 
-def _gym_env(name: str) -> EnvBase:
-    env = GuardedGymWrapper(make_gym(name))
+class GuardedTimedGymWrapper(Guarded, TimedGymWrapper):
+    """A gymnasium environment in continuous time whose faults carry its name."""
+
+
+def _gym_env(name: str, time: ContinuousTime | None = None, **kwargs: Any) -> Any:
+    raw = make_gym(name, **kwargs)
+    env: GuardedGymWrapper | GuardedTimedGymWrapper
+    if time is None:
+        env = GuardedGymWrapper(raw)
+    else:
+        env = GuardedTimedGymWrapper(raw)
+        time_gym(env, name, time)
     env.source = name
     return env
 
 
 def make_render_env(name: str) -> tuple[EnvBase, Callable[[], np.ndarray]]:
     """A single environment like :func:`make_env`'s, and a function that renders its present state [H, W, 3]."""
-    source, _, task = name.partition(":")
+    own, time = _in_continuous_time(name)
+    source = own.partition(":")[0]
     require(source != "envpool", f"{name} cannot be rendered: evaluate it under its gymnasium or dmc: name")
     if source == "dmc":
         env = make_env(name)
         physics = env.base_env._env.physics
         return env, partial(physics.render, 240, 320, camera_id=0)
-    raw = make_gym(name, render_mode="rgb_array")
-    env = GuardedGymWrapper(raw)
-    env.source = name
-    return TransformedEnv(env, Compose(RewardSum(), StepCounter())), raw.render  # type: ignore[return-value]
+    single = _gym_env(own, time, render_mode="rgb_array")
+    return TransformedEnv(single, Compose(*_transforms(single, time))), single._env.render
 
 
 def _require_extra(module: str, extra: str, name: str) -> ModuleType:
@@ -216,7 +254,7 @@ def _require_extra(module: str, extra: str, name: str) -> ModuleType:
         return importlib.import_module(module)
 
 
-def _dmc_env(task: str) -> EnvBase:
+def _dmc_env(task: str, time: ContinuousTime | None = None) -> EnvBase:
     name = f"dmc:{task}"
     _require_extra("dm_control", "dmc", name)
     suite = _require_extra("dm_control.suite", "dmc", name)
@@ -226,7 +264,12 @@ def _dmc_env(task: str) -> EnvBase:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else "write it as dmc:domain/task, such as dmc:cartpole/swingup"
         raise SettingError(f"data.env is {name!r}: dm_control has no such task; {hint}")
-    env = GuardedDMControlEnv(domain, task)
+    env: EnvBase
+    if time is None:
+        env = GuardedDMControlEnv(domain, task)
+    else:
+        env = GuardedTimedDMControlEnv(domain, task)
+        time_dm_control(env, name, time)
     env.source = name
     _check_bounds(name, env.action_spec.space.low.numpy(), env.action_spec.space.high.numpy())
     return env
@@ -234,6 +277,10 @@ def _dmc_env(task: str) -> EnvBase:
 
 class GuardedDMControlEnv(Guarded, DMControlEnv):
     """A dm_control task whose faults carry its name: a simulation that blows up ends in a sentence."""
+
+
+class GuardedTimedDMControlEnv(Guarded, TimedDMControlEnv):
+    """A dm_control task in continuous time whose faults carry its name."""
 
 
 class EnvpoolTask(EnvBase):

@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ReplayBuffer
 
 from qsm_lightning import durable
+from qsm_lightning.continuous import TIME_STEP
 from qsm_lightning.errors import SettingError, require
 from qsm_lightning.watch import beat
 
@@ -26,12 +28,18 @@ FRAME_KEYS = (
     ("next", "terminated"),
     ("next", "done"),
 )
+TIME_STEP_KEY = ("next", TIME_STEP)  # stored as well where environments tell it
 CHUNK_BYTES = 16 * 2**20  # frames are written in pieces of at most this size, which bounds the memory needed
 
 
-def frame_bytes(observation_dim: int, action_dim: int) -> int:
-    """Bytes of a stored frame: two observations, action and reward in float32, two flags."""
-    return 4 * (2 * observation_dim + action_dim + 1) + 2
+def frame_bytes(observation_dim: int, action_dim: int, timed: bool = False) -> int:
+    """Bytes of a stored frame: two observations, action and reward in float32, two flags; and its time step."""
+    return 4 * (2 * observation_dim + action_dim + 1 + timed) + 2
+
+
+def frame_keys(frames: TensorDictBase) -> tuple[NestedKey, ...]:
+    """What of frames is stored: :data:`FRAME_KEYS`, and their time steps where they have them."""
+    return (*FRAME_KEYS, TIME_STEP_KEY) if TIME_STEP in frames["next"] else FRAME_KEYS
 
 
 class FrameBuffer(ReplayBuffer):
@@ -41,13 +49,15 @@ class FrameBuffer(ReplayBuffer):
     """
 
     def extend(self, data: TensorDictBase, **kwargs: Any) -> None:
-        """Add frames [n], of which :data:`FRAME_KEYS` are kept, after the last ones, over the oldest when full."""
+        """Add frames [n], of which :func:`frame_keys` are kept, after the last ones, over the oldest when full."""
         storage, writer, n = self._storage, self._writer, len(data)
         first = writer._cursor
+        if not storage.initialized:
+            self.keys = frame_keys(data)
         if not storage.initialized or first + n > storage.max_size:
-            super().extend(data.select(*FRAME_KEYS), **kwargs)
+            super().extend(data.select(*self.keys), **kwargs)
             return
-        for mine, new in zip(self._leaves, _leaves(data), strict=True):
+        for mine, new in zip(self._leaves, _leaves(data, self.keys), strict=True):
             mine[first : first + n] = new
         writer._cursor = (first + n) % storage.max_size
         writer._write_count += n
@@ -56,18 +66,44 @@ class FrameBuffer(ReplayBuffer):
     def sample(self, batch_size: int) -> TensorDict:
         """Frames [batch_size], drawn with replacement."""
         index = torch.randint(0, len(self._storage), (batch_size,), generator=self._rng)
-        drawn = dict(zip(FRAME_KEYS, (leaf.index_select(0, index) for leaf in self._leaves), strict=True))
-        following = {key[1]: drawn.pop(key) for key in FRAME_KEYS if isinstance(key, tuple)}
+        drawn = dict(zip(self.keys, (leaf.index_select(0, index) for leaf in self._leaves), strict=True))
+        following = {key[1]: drawn.pop(key) for key in self.keys if isinstance(key, tuple)}
         return TensorDict({**drawn, "next": TensorDict(following, [batch_size])}, [batch_size])
+
+    def sample_windows(self, batch_size: int, length: int, copies: int) -> TensorDict:
+        """Up to ``length`` frames that follow each other, from each of ``batch_size`` that are drawn with replacement.
+
+        A frame belongs to the window while it begins in the observation in which the one before it ended, and that
+        one's episode had not ended: so no window goes over the end of an episode or of the ring.
+
+        Args:
+            batch_size: number of windows.
+            length: frames of the longest ones.
+            copies: how many environments take turns in the buffer.
+
+        Returns:
+            Frames [batch_size] with leaves [batch_size, length, ...], and ``in_window`` [batch_size, length]; what is
+            not in it is of other windows.
+        """
+        size = len(self._storage)
+        first = torch.randint(0, size, (batch_size, 1), generator=self._rng)
+        index = (first + copies * torch.arange(length)) % size
+        frames = TensorDict(dict(zip(self.keys, (leaf[index] for leaf in self._leaves), strict=True)), [batch_size])
+        before = frames["next", "observation"][:, :-1]
+        follows = (frames["observation"][:, 1:] == before).all(-1) & ~frames["next", "done"][:, :-1, 0]
+        inside = torch.cat([torch.ones(batch_size, 1, dtype=torch.bool), follows], 1).cummin(1).values
+        return frames.set("in_window", inside)
+
+    keys: tuple[NestedKey, ...] = FRAME_KEYS
 
     @property
     def _leaves(self) -> list[Tensor]:
-        return _leaves(self._storage._storage)
+        return _leaves(self._storage._storage, self.keys)
 
 
-def _leaves(frames: TensorDictBase) -> list[Tensor]:
+def _leaves(frames: TensorDictBase, keys: tuple[NestedKey, ...]) -> list[Tensor]:
     following = frames["next"]
-    return [following[key[1]] if isinstance(key, tuple) else frames[key] for key in FRAME_KEYS]
+    return [following[key[1]] if isinstance(key, tuple) else frames[key] for key in keys]
 
 
 def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> FrameBuffer:
@@ -131,10 +167,11 @@ class ReplayArchive:
 
     def _write(self, buffer: ReplayBuffer, first: int, total: int) -> Chunk:
         """The next file: frame ``first`` and as many of those before ``total`` as it may hold."""
-        size = sum(value[0].nbytes for value in buffer[:1].select(*FRAME_KEYS).values(True, True))
+        keys = frame_keys(buffer[:1])
+        size = sum(value[0].nbytes for value in buffer[:1].select(*keys).values(True, True))
         beat()
         stop = min(total, first + max(1, CHUNK_BYTES // size))
-        frames = buffer[torch.arange(first, stop) % buffer.storage.max_size].select(*FRAME_KEYS)
+        frames = buffer[torch.arange(first, stop) % buffer.storage.max_size].select(*keys)
         content = durable.packed({name: value.contiguous() for name, value in frames.flatten_keys(".").items()})
         record = durable.record_of(content)
         name = f"{self.rank}-{first:012}-{stop:012}-{record['sha256'][:12]}.pt"
@@ -170,7 +207,8 @@ class ReplayArchive:
         beat()
         try:
             frames = torch.load(path, map_location="cpu", weights_only=True)
-            return TensorDict(frames, [chunk.stop - chunk.first]).unflatten_keys(".").select(*FRAME_KEYS, strict=True)
+            found = TensorDict(frames, [chunk.stop - chunk.first]).unflatten_keys(".")
+            return found.select(*frame_keys(found), strict=True)
         except Exception as error:  # torch raises many kinds for a file that is not its own
             raise SettingError(
                 f"{path} is not a file of replay frames, or a damaged one ({type(error).__name__}); "

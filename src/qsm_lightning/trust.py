@@ -16,6 +16,7 @@ from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import Strategy
 
+from qsm_lightning.continuous import PREFIX
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import OffPolicyLoss
 
@@ -43,7 +44,7 @@ def _kinds() -> tuple[type, ...]:
 
 def check_env(name: str, where: str) -> None:
     """Raise :class:`SettingError` for an environment name that would import a module."""
-    module, colon, _ = name.partition(":")
+    module, colon, _ = name.removeprefix(f"{PREFIX}:").partition("?")[0].partition(":")
     if colon and module not in ("dmc", "envpool"):
         raise _refusal(where, f"names the environment {name!r}, which imports the module {module!r}")
 

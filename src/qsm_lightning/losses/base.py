@@ -11,6 +11,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torchrl.envs import EnvBase
 from torchrl.objectives import LossModule
 
 Metrics = dict[str, Tensor]
@@ -31,7 +32,8 @@ class OffPolicyLoss(LossModule):
     one optimizer per term. Networks, targets and the maths are the loss's own; how often and with what they are
     stepped is not. ``every`` says of terms, and of ``targets``, at which updates they are stepped where that is not
     all of them: at every second, say. ``learning_rates`` are of terms that have one of their own, which is constant.
-    ``selectors`` are the kinds of :meth:`evaluation_policy` that there are.
+    ``selectors`` are the kinds of :meth:`evaluation_policy` that there are. With a ``window`` of more than 1, each
+    entry of a replay batch is that many consecutive frames (:meth:`~qsm_lightning.replay.FrameBuffer.sample_windows`).
 
     A class may say of itself, not for its subclasses, that it is ``compilable``: that ``x_loss`` and
     ``update_targets`` read and change nothing between two updates but the content of tensors. A number that is counted
@@ -48,6 +50,7 @@ class OffPolicyLoss(LossModule):
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
     terms: tuple[str, ...] = ()
+    window: int = 1
     every: Mapping[str, int] = {}
     learning_rates: Mapping[str, float] = {}
     selectors: tuple[str, ...] = ("sample", "best_of_n")
@@ -90,6 +93,9 @@ class OffPolicyLoss(LossModule):
     @abstractmethod
     def term_modules(self, term: str) -> list[nn.Module]:
         """The modules whose parameters ``term`` trains."""
+
+    def check_env(self, env: EnvBase) -> None:  # most have none
+        """Raise :class:`SettingError` when the environment lacks something that this algorithm needs of it."""
 
     @abstractmethod
     def update_targets(self) -> None:

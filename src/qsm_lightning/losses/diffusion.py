@@ -89,9 +89,21 @@ class DiffusionLoss(OffPolicyLoss):
 
     @torch.no_grad()
     @full_precision
-    def td_target(self, reward: Tensor, terminated: Tensor, next_observation: Tensor, next_action: Tensor) -> Tensor:
+    def td_target(
+        self,
+        reward: Tensor,
+        terminated: Tensor,
+        next_observation: Tensor,
+        next_action: Tensor,
+        discount: float | Tensor | None = None,
+    ) -> Tensor:
         """y = r + gamma (1 - terminated) min_i Qbar_i(s', a'), [B]: a truncated step bootstraps, a terminated not."""
-        return reward + self.gamma * torch.where(terminated, 0.0, self.next_value(next_observation, next_action))
+        gamma = self.gamma if discount is None else discount
+        return reward + gamma * torch.where(terminated, 0.0, self.next_value(next_observation, next_action))
+
+    def discount(self, following: TensorDictBase) -> float | Tensor:
+        """What the value of what followed is multiplied with: gamma, or [B]."""
+        return self.gamma
 
     def next_value(self, next_observation: Tensor, next_action: Tensor) -> Tensor:
         """min_i Qbar_i(s', a'), [B]."""
@@ -106,7 +118,7 @@ class DiffusionLoss(OffPolicyLoss):
         next_observation = following[keys.observation]
         with torch.no_grad():
             next_action = self.next_action(next_observation)
-        y = self.td_target(reward, terminated, next_observation, next_action)
+        y = self.td_target(reward, terminated, next_observation, next_action, self.discount(following))
         q = self.critics(tensordict[keys.observation], tensordict[keys.action]).to(y)  # [2, B]
         if q.shape[1:] != y.shape:
             raise RuntimeError(f"critics gave values of shape {tuple(q.shape)} for TD targets {tuple(y.shape)}")
