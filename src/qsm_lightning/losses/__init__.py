@@ -1,6 +1,7 @@
 """One file per algorithm. Each loss is a TorchRL ``LossModule``: no optimizer, no logging, no Trainer."""
 
 from qsm_lightning.losses.base import OffPolicyLoss
+from qsm_lightning.losses.cqsm import CQSM, CQSMDiffusion, CQSMLoss
 from qsm_lightning.losses.dacer import DACER
 from qsm_lightning.losses.diffusion import DiffusionLoss
 from qsm_lightning.losses.diffusion_ql import DiffusionQL
@@ -12,6 +13,8 @@ from qsm_lightning.losses.td3 import TD3
 # What ``--model.loss`` takes besides a class path.
 ALGORITHMS: dict[str, type[OffPolicyLoss]] = {
     "qsm": QSM,
+    "cqsm": CQSM,
+    "cqsm_diffusion": CQSMDiffusion,
     "dacer": DACER,
     "diffusion_ql": DiffusionQL,
     "sac": SAC,
@@ -20,12 +23,15 @@ ALGORITHMS: dict[str, type[OffPolicyLoss]] = {
 }
 
 __all__ = [
-    "DACER",
     "ALGORITHMS",
+    "CQSM",
+    "DACER",
     "QSM",
     "SAC",
     "SDAC",
     "TD3",
+    "CQSMDiffusion",
+    "CQSMLoss",
     "DiffusionLoss",
     "DiffusionQL",
     "OffPolicyLoss",
