@@ -12,8 +12,8 @@ The iteration is $\pi_{k+1}(a|s) = \mathrm{softmax}_a\, \alpha Q^{\pi_k}(s, a)$.
 At a fixed point of either, $\log \pi = \alpha Q$ up to a constant in every state, so its differences over actions are
 equal: score $= \alpha \nabla_a Q$ (the tabular form of theorem 4.1).
 
-The goal is never left, and every step that ends there is rewarded by 1. If it ended the episode instead, the bonus would
-be had only away from it, and soft policies would walk around it forever.
+The goal is never left, and every step that ends there is rewarded by 1. If it ended the episode instead, the bonus
+would be had only away from it, and soft policies of small alpha would avoid it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def read_map(text: str, gamma: float = 0.95) -> Gridworld:
         SettingError: for another sign, lines of different length, a number of goals other than one, and for a cell
             from which the goal cannot be reached.
     """
-    lines = text.split()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     for number, line in enumerate(lines, 1):
         unknown = "".join(sorted(set(line) - set(".#G")))
         require(not unknown, f"map: line {number} has {unknown!r}; cells are '.' (free), '#' (wall) and 'G' (the goal)")
@@ -149,7 +149,8 @@ def action_gradient(table: Array) -> Array:
     """Central differences over opposite actions [S, 2]: (right - left, up - down) / 2.
 
     The four actions are read as the points (1, 0), (-1, 0), (0, 1), (0, -1) of a plane: of log pi this is the score, of
-    Q its gradient in the action.
+    Q its gradient in the action. It compares opposite actions only: beside a wall it may lean to the wall, as staying
+    is better than going away from the goal.
     """
     return np.stack([table[:, 0] - table[:, 1], table[:, 2] - table[:, 3]], -1) / 2
 
