@@ -46,6 +46,7 @@ def _alphas(text: str) -> list[float]:
 def run(args: list[str] | None = None) -> None:
     """Parse, iterate, draw, write and print."""
     options = _parser().parse_args(args)
+    require(len(options.alpha) <= 20, f"--alpha has {len(options.alpha)} numbers: give at most 20, a row each")
     for alpha in options.alpha:
         require(1e-3 <= alpha <= 1e3, f"--alpha has {alpha:g}: it must be from 0.001 to 1000")
     require(0 < options.gamma <= 0.999, f"--gamma is {options.gamma:g}: it must be above 0 and at most 0.999")

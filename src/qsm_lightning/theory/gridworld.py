@@ -85,7 +85,9 @@ def read_map(text: str, gamma: float = 0.95) -> Gridworld:
         )
     require(text.count("G") == 1, f"map: there are {text.count('G')} goals; mark exactly one cell with 'G'")
     cells = [(r, c) for r, line in enumerate(lines) for c, sign in enumerate(line) if sign != "#"]
-    require(2 <= len(cells) <= MOST_CELLS, f"map: {len(cells)} cells are no wall; give it 2 to {MOST_CELLS}")
+    require(
+        2 <= len(cells) <= MOST_CELLS, f"map: {len(cells)} of its cells are no wall; give it 2 to {MOST_CELLS} of them"
+    )
     state = {cell: s for s, cell in enumerate(cells)}
     after = np.array([[state.get((r + i, c + j), state[r, c]) for i, j in MOVES] for r, c in cells])
     goal = next(s for s, (r, c) in enumerate(cells) if lines[r][c] == "G")
