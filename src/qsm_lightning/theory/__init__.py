@@ -1,0 +1,1 @@
+"""What the paper proves, in cases small enough to compute exactly."""
