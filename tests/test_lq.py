@@ -298,6 +298,8 @@ def test_the_chain_ends_at_a_fixed_point_from_anywhere(problem: LinearQuadratic)
     other = discrete_policy_iteration(problem, dt, discount, zero_score(problem))
     assert np.allclose(found.K, problem.improve(found.P), atol=1e-11)
     assert np.allclose(found.P, other.P, atol=1e-10)
+    with pytest.raises(SettingError, match="take a smaller dt"):
+        discrete_policy_iteration(problem, dt, discount, -found.K)
 
 
 @on_examples
