@@ -1,1 +1,1 @@
-"""What the paper proves, in cases small enough to compute exactly."""
+"""What the papers prove, in cases small enough to compute exactly."""
