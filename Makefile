@@ -16,7 +16,7 @@ help:  ## what there is to make
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[dmc,envpool,ray,video,report,offline,modes,umap,export,dev]'
+	$(PIP) --editable '.[dmc,envpool,ray,video,report,theory,offline,modes,umap,export,dev]'
 	touch $@
 
 fit: .venv/.installed  ## train: CONFIG=conf/NAME.yaml, ARGS="more settings"
