@@ -113,7 +113,7 @@ class OwnClock(gym.Env):
 
 
 def test_an_environment_with_steps_of_its_own_is_asked_after_each() -> None:
-    gym.register("tests/OwnClock-v0", OwnClock)
+    gym.register("tests/OwnClock-v0", f"{__name__}:OwnClock")
     try:
         following = rollout("continuous:tests/OwnClock-v0", 4)["next"]
     finally:

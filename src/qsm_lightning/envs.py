@@ -48,6 +48,7 @@ from qsm_lightning.continuous import (
 )
 from qsm_lightning.env_faults import Guarded, ProcessEnv
 from qsm_lightning.errors import EnvironmentFault, SettingError, require, require_package
+from qsm_lightning.theory import lq_env  # noqa: F401  # registers its environment
 from qsm_lightning.watch import beat
 
 LARGEST = float(np.finfo(np.float32).max)
