@@ -8,25 +8,28 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qsm_lightning import losses
 from qsm_lightning.cli import fit
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.losses import ALGORITHMS, QSM
+from qsm_lightning.losses import ALGORITHMS, CQSM, CQSMDiffusion
 from qsm_lightning.messages import loss_settings
 from tests.compare import last
 from tests.helpers import CONFIGS, ROOT, SHRINK, has
 
 NAMES = [str(path.relative_to(ROOT / "conf").with_suffix("")) for path in CONFIGS]
 GYM = {"pendulum", "hopper", "halfcheetah", "walker2d", "ant", "humanoid", "swimmer", "toy_two_goals"}
+CONTINUOUS = {"cqsm", "cqsm_diffusion"}  # their environments are in continuous time
 DMC = ["cartpole_balance", "cartpole_swingup", "cheetah_run", "hopper_hop"]
 DMC += ["walker_walk", "walker_run", "quadruped_walk", "humanoid_walk"]
 
 
 def test_all_promised_configurations_are_there() -> None:
-    algorithms = {f"algo/{name}" for name in {*ALGORITHMS} - {"qsm"}}
-    assert GYM | {f"dmc/{name}" for name in DMC} | algorithms | {"algo/qsm_offline"} == set(NAMES)
+    algorithms = {f"algo/{name}" for name in {*ALGORITHMS} - {"qsm", *CONTINUOUS}}
+    continuous = {f"cqsm/{name}" for name in ("pendulum", "hopper", "cartpole_swingup", "lq")}
+    assert GYM | {f"dmc/{name}" for name in DMC} | algorithms | {"algo/qsm_offline"} | continuous == set(NAMES)
 
 
-@pytest.mark.parametrize("loss", sorted({*ALGORITHMS} - {"qsm"}))
+@pytest.mark.parametrize("loss", sorted({*ALGORITHMS} - {"qsm", *CONTINUOUS}))
 def test_an_algorithm_is_chosen_by_its_name(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On any task; what is given for all of them is kept."""
     monkeypatch.chdir(tmp_path)
@@ -41,7 +44,7 @@ def test_an_algorithm_is_chosen_by_its_name(loss: str, tmp_path: Path, monkeypat
 def test_a_configuration_trains(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if name.startswith("dmc/") and not has("dm_control"):
+    if (name.startswith("dmc/") or name == "cqsm/cartpole_swingup") and not has("dm_control"):
         pytest.skip("the extra dmc is not installed")
     monkeypatch.chdir(tmp_path)
     fit(["--config", name, *SHRINK, "--data.eval_episodes=1", "--data.eval_selector=sample", "--picture.states=1"])
@@ -54,7 +57,10 @@ def test_a_configuration_trains(
     of_some = {"pendulum": 1.0, "dmc/quadruped_walk": 120.0, "dmc/humanoid_walk": 120.0, "toy_two_goals": 0.25}
     expected = of_some.get(name, "auto" if name in GYM else 50.0)
     loss = config["model"]["loss"]
-    if name.startswith("algo/"):
+    if name.startswith("cqsm/"):
+        chosen = CQSMDiffusion if name == "cqsm/hopper" else CQSM
+        assert loss["class_path"] == f"qsm_lightning.losses.{chosen.__name__}"
+    elif name.startswith("algo/"):
         algorithm = name.removeprefix("algo/").removesuffix("_offline")
         assert loss["class_path"] == f"qsm_lightning.losses.{ALGORITHMS[algorithm].__name__}"
     else:
@@ -66,11 +72,14 @@ def test_a_configuration_only_says_what_differs(name: str) -> None:
     content = yaml.safe_load((ROOT / "conf" / f"{name}.yaml").read_text())
     assert set(content) <= {"data", "model"}
     data = {k: p.default for k, p in inspect.signature(OffPolicyDataModule).parameters.items()}
+    loss = dict(content.get("model", {}).get("loss", {}))
+    chosen = getattr(losses, loss.pop("class_path", "QSM").rpartition(".")[2])
     for defaults, given in (
         ({**data, "env": None}, content.get("data", {})),
-        ({**loss_settings(QSM), "class_path": "qsm_lightning.losses.QSM"}, content.get("model", {}).get("loss", {})),
+        (loss_settings(chosen), loss.get("init_args", loss)),
     ):
         for key, value in given.items():
             assert value != defaults[key], f"{key} repeats the default"
     if not name.startswith("algo/"):
-        assert content["data"]["env"].startswith("dmc:") == name.startswith("dmc/")
+        source = {"dmc": "dmc", "cqsm": "continuous"}.get(name.partition("/")[0] if "/" in name else "")
+        assert source is None or content["data"]["env"].startswith(f"{source}:")

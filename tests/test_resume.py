@@ -21,6 +21,7 @@ TINY = [
     *("--config=pendulum", *SHRINK, "--data.total_frames=90", "--data.eval_every_frames=30"),
     *("--data.eval_selector=sample", "--data.eval_episodes=1", "--metrics.every_frames=10"),
 ]
+MOVING = "continuous:Pendulum-v1?max_speed=20&sigma=0.5"
 # name: settings, and the frames of the checkpoints that it is resumed from
 EXACT = {
     "Pendulum": ([], [15, 30, 45]),
@@ -42,6 +43,11 @@ EXACT = {
     "TD3 between two steps of its policy": (["--model.loss=td3"], [45]),
     "Diffusion-QL": (["--model.loss=diffusion_ql"], [45]),
     "SDAC": (["--model.loss=sdac"], [45]),
+    "CQSM in irregular time": (["--model.loss=cqsm", f"--data.env={MOVING}&jitter=0.5&horizon=1.7"], [15, 45]),
+    "CQSM with a trace": (
+        ["--model.loss=cqsm", "--model.loss.evaluation=trace", "--model.loss.window=4", f"--data.env={MOVING}"],
+        [45],
+    ),
     "DACER": (["--model.loss=dacer", "--model.loss.alpha_every=4", "--model.loss.entropy_samples=5"], [45]),
     "an environment's own state": (["--data.env=tests.fake_envs:Wanderer-v0", "--data.frames_per_batch=3"], [18, 48]),
 }

@@ -84,7 +84,8 @@ class OffPolicyDataModule(LightningDataModule):
     give up is agreed on where none of them can be ahead (:mod:`qsm_lightning.stopping`).
 
     Args:
-        env: a gymnasium id (Hopper-v5), dmc:domain/task, or envpool:id.
+        env: a gymnasium id (Hopper-v5), dmc:domain/task, or envpool:id; continuous: before one of the first two has
+            frames tell their time step, and takes options, such as continuous:Pendulum-v1?time_scale=1/4.
         num_envs: copies of the environment on each rank, stepped together; with workers, in each of them.
         frames_per_batch: frames that each rank collects in a round, a multiple of its environments; one of each by
             default.

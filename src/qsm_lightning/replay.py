@@ -86,11 +86,13 @@ class FrameBuffer(ReplayBuffer):
             not in it is of other windows.
         """
         size = len(self._storage)
-        first = torch.randint(0, size, (batch_size, 1), generator=self._rng)
-        index = (first + copies * torch.arange(length)) % size
+        oldest = self._writer._cursor % size
+        place = torch.randint(0, size, (batch_size, 1), generator=self._rng) + copies * torch.arange(length)
+        index = (oldest + place) % size
         frames = TensorDict(dict(zip(self.keys, (leaf[index] for leaf in self._leaves), strict=True)), [batch_size])
         before = frames["next", "observation"][:, :-1]
         follows = (frames["observation"][:, 1:] == before).all(-1) & ~frames["next", "done"][:, :-1, 0]
+        follows &= place[:, 1:] < size
         inside = torch.cat([torch.ones(batch_size, 1, dtype=torch.bool), follows], 1).cummin(1).values
         return frames.set("in_window", inside)
 
