@@ -23,7 +23,7 @@ PANELS = {
 def draw_time_steps(points: Sequence[Point], set_at: Fraction) -> Figure:
     """Three panels: mean Q over that of continuous time, the error of Q and that of the score.
 
-    Lines are exact fixed points and markers what was learned. The time step falls to the right; the dotted line is
+    Lines are exact fixed points and open markers what was learned. The time step falls to the right; the dotted line is
     ``set_at``, the one that the discrete method's gamma was set for.
     """
     figure = Figure(figsize=(12, 4.2), layout="constrained")
@@ -31,10 +31,10 @@ def draw_time_steps(points: Sequence[Point], set_at: Fraction) -> Figure:
     for axis, (quantity, title) in zip(axes, PANELS.items(), strict=True):
         axis.set_title(title, fontsize=11)
         axis.axvline(float(set_at), color="0.6", lw=1, ls=":", label=rf"$\gamma$ was set for dt = {set_at}")
+        axis.set_yscale("log")
+        axis.grid(color="0.92")
         if quantity == "q_mean":
-            axis.axhline(1, color="0.8", lw=1, zorder=0)
-        else:
-            axis.set_yscale("log")
+            axis.axhline(1, color="0.6", lw=1)
         for method in METHODS:
             _draw(axis, [point for point in points if point.method == method], quantity)
         _label_steps(axis, sorted({point.dt for point in points}))
@@ -48,11 +48,11 @@ def _draw(axis: Axes, points: Sequence[Point], quantity: str) -> None:
     method = points[0].method
     exact = [(point.dt, getattr(point.exact, quantity)) for point in points if point.exact]
     learned = [(point.dt, getattr(point.learned, quantity)) for point in points if point.learned]
+    colour, marker = COLOURS[method], MARKERS[method]
     if exact:
-        axis.plot(*zip(*exact, strict=True), color=COLOURS[method], lw=1.6, label=f"{method}, exact fixed point")
+        axis.plot(*zip(*exact, strict=True), ".-", color=colour, ms=4, lw=1.6, label=f"{method}, exact fixed point")
     if learned:
-        look = {"color": COLOURS[method], "marker": MARKERS[method], "ms": 7, "mfc": "none", "mew": 1.5, "lw": 0}
-        axis.plot(*zip(*learned, strict=True), **look, label=f"{method}, learned")
+        axis.plot(*zip(*learned, strict=True), marker, color=colour, ms=8, mfc="none", label=f"{method}, learned")
 
 
 def _label_steps(axis: Axes, steps: Sequence[Fraction]) -> None:
