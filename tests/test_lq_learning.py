@@ -167,10 +167,11 @@ def test_networks_learn_it_without_knowing_its_form(problem: LinearQuadratic, up
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [CONTINUOUS, DISCRETE])
-@pytest.mark.parametrize("dt", [Fraction(1, 20), Fraction(1, 160)])
+@pytest.mark.parametrize("dt", [Fraction(1, 20), Fraction(1, 160)], ids=str)
 @on_examples
 def test_each_method_learns_its_fixed_point(problem: LinearQuadratic, dt: Fraction, method: str) -> None:
-    beta = problem.beta if method == CONTINUOUS else problem.beta * float(Fraction(1, 20) / dt)
+    """Gamma was set for steps of 1/10."""
+    beta = problem.beta if method == CONTINUOUS else problem.beta * float(Fraction(1, 10) / dt)
     fixed = discrete_policy_iteration(problem, float(dt), np.exp(-beta * float(dt)))
     errors = learn(problem, float(dt), beta=beta).errors(problem, fixed)
     assert max(errors.P, errors.q, errors.score) < 0.02
