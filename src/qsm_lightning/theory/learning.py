@@ -153,7 +153,7 @@ def learn(
             loss.update_targets()
             for schedule in schedules:
                 schedule.step()
-            if update >= (1 - AVERAGED) * updates:
+            if update >= int((1 - AVERAGED) * updates):
                 average.update_parameters(nn.ModuleList([loss.critics, loss.score]))
         nn.ModuleList([loss.critics, loss.score]).load_state_dict(average.module.state_dict())
     return Learned(loss)
