@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,6 +13,8 @@ import pytest
 from scipy.linalg import block_diag, expm, solve_discrete_lyapunov
 from scipy.optimize import minimize
 
+from qsm_lightning.commands import lq as lq_command
+from qsm_lightning.envs import make_env
 from qsm_lightning.errors import SettingError
 from qsm_lightning.theory.lq import Array, LinearQuadratic, Solution, four_dimensional, scalar
 from qsm_lightning.theory.lq_steps import discrete_evaluate, discrete_policy_iteration, simulate
@@ -440,7 +441,6 @@ def test_bad_arguments_are_refused() -> None:
 def test_without_scipy_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == "scipy" else find(name, *args))
-    for name in [name for name in sys.modules if name.startswith("qsm_lightning.theory")]:
-        monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(SettingError, match=r"pip install 'qsm-lightning\[report\]'"):
-        importlib.import_module("qsm_lightning.theory.lq")
+    for make in (lambda: lq_command.run([]), lambda: make_env("qsm_lightning/LinearQuadratic-v0")):
+        with pytest.raises(SettingError, match=r"scipy is not installed; pip install 'qsm-lightning\[theory\]'"):
+            make()

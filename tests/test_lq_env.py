@@ -1,0 +1,83 @@
+"""The linear-quadratic problem as an environment: its steps, what its best score is worth, a run against the answer."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDictBase
+
+from qsm_lightning.commands.trained import load
+from qsm_lightning.envs import make_env
+from qsm_lightning.losses import CQSM
+from qsm_lightning.theory.lq import scalar
+from qsm_lightning.theory.lq_env import LARGEST_ACTION
+from tests.processes import fit
+
+NAME = "continuous:qsm_lightning/LinearQuadratic-v0"
+BEST = scalar().optimal()
+
+
+def physical(observation: torch.Tensor) -> np.ndarray:
+    """z of the problem from (x, a / 2)."""
+    return observation.double().numpy() * np.array([1.0, LARGEST_ACTION])
+
+
+@pytest.mark.parametrize("scale", ["1", "1/4"])
+def test_a_step_is_the_problem_s(scale: str) -> None:
+    """Drift and reward exactly, noise by its deviation; in steps of any length."""
+    env = make_env(f"{NAME}?time_scale={scale}")
+    env.set_seed(0)
+    torch.manual_seed(0)
+    frames = env.rollout(2000, break_when_any_done=False)
+    dt = frames["next", "time_step"].double().numpy()
+    x = frames["observation"].double().numpy()
+    a = LARGEST_ACTION * frames["action"].double().numpy()
+    assert dt[0].item() == pytest.approx(0.05 * float(Fraction(scale)))
+    paid = -0.5 * (x**2 + 0.5 * a**2) * dt
+    assert np.allclose(frames["next", "reward"], paid, atol=1e-6)
+    noise = frames["next", "observation"].double().numpy() - x - (-0.5 * x + a) * dt
+    assert noise.mean() == pytest.approx(0, abs=0.02)
+    assert noise.std() == pytest.approx(0.5 * np.sqrt(dt[0].item()), rel=0.06)
+
+
+def test_the_best_score_is_worth_its_closed_form() -> None:
+    """From the environment's frames: what was paid, less the price of speed, plus Q where it ended, is Q on average."""
+    problem, copies, steps = scalar(), 40, 160
+    env = make_env(f"{NAME}?time_scale=1/2&max_speed=4&sigma=0.25", copies)
+    env.set_seed(0)
+    torch.manual_seed(0)
+
+    def policy(tensordict: TensorDictBase) -> TensorDictBase:
+        psi = BEST.score(physical(tensordict["observation"])) / LARGEST_ACTION  # of the environment's action
+        return tensordict.set("action", torch.from_numpy(psi / 4).float())
+
+    frames = env.rollout(steps, policy, break_when_any_done=False)
+    z, dt = physical(frames["observation"]), 0.025
+    speed = LARGEST_ACTION * 4 * frames["action"].double().numpy()[..., 0]
+    assert np.abs(frames["action"]).max() < 1, "the bound on the speed is out of the way"
+    discount = np.exp(-problem.beta * dt * np.arange(steps))
+    earned = frames["next", "reward"].double().numpy()[..., 0] - 0.5 * problem.regularization * speed**2 * dt
+    end = np.exp(-problem.beta * dt * steps) * BEST.value(physical(frames["next", "observation"])[:, -1])
+    found = (discount * earned).sum(1) + end - BEST.value(z[:, 0])
+    assert abs(found.mean()) < 4 * found.std() / np.sqrt(copies) + 0.02 * abs(BEST.value(z[:, 0]).mean())
+    assert found.std() / np.sqrt(copies) < 0.1 * abs(BEST.value(z[:, 0]).mean()), "else it would say nothing"
+
+
+@pytest.mark.slow
+def test_a_run_learns_the_closed_form(tmp_path: Path) -> None:
+    """conf/cqsm/lq.yaml as it is shipped, with MLPs: Q and score where the best score is in the long run."""
+    fit(tmp_path, "--config=cqsm/lq")
+    loss = load(str(next(tmp_path.glob("runs/*/version_0")))).module.loss
+    assert isinstance(loss, CQSM)
+    S = scalar().stationary(BEST.K)
+    z = np.random.default_rng(0).multivariate_normal(np.zeros(2), S, 5000)
+    with torch.no_grad():
+        at = torch.from_numpy(z / [1.0, LARGEST_ACTION]).float()
+        q = loss.critics(*loss.split(at)).mean(0).double().numpy()
+        score = LARGEST_ACTION * loss.velocity(at).double().numpy()
+    for found, exact, limit in ((q, BEST.value(z), 0.2), (score, BEST.score(z), 0.35)):
+        assert np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2)) < limit
