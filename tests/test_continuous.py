@@ -152,6 +152,11 @@ def test_the_noise_has_the_variance_of_brownian_motion() -> None:
 def test_a_horizon_terminates_and_its_share_is_seen() -> None:
     frames = rollout("continuous:Pendulum-v1?horizon=1", 45)
     assert frames["next", "terminated"][:, 0].nonzero().flatten().tolist() == [19, 39]
+    fine = rollout("continuous:Pendulum-v1?horizon=8&time_scale=1/8", 1290)["next"]
+    assert fine["terminated"][:, 0].nonzero().flatten().tolist() == [1279], "whatever is rounded on the way"
+    beyond = rollout("continuous:Pendulum-v1?horizon=12", 250)["next"]
+    assert beyond["terminated"][:, 0].nonzero().flatten().tolist() == [239], "longer than its own limit of steps"
+    assert not beyond["truncated"].any()
     assert not frames["next", "truncated"].any()
     assert torch.allclose(frames["observation"][:20, 3], torch.arange(20) / 20, atol=1e-5)
 
@@ -195,10 +200,12 @@ def test_an_environment_s_state_has_its_clock() -> None:
         ),
         ("continuous:Pendulum-v1?time_scale=fast", "'fast' is not a number such as 0.25 or 1/4"),
         ("continuous:Pendulum-v1?time_scale=1/0", "'1/0' is not a number such as 0.25 or 1/4"),
-        ("continuous:Pendulum-v1?time_scale=0", "data.env has time_scale=0.0: it must be greater than 0"),
+        ("continuous:Pendulum-v1?time_scale=0", "data.env has time_scale=0.0: it must be a number greater than 0"),
+        ("continuous:Pendulum-v1?time_scale=1e400", "data.env has time_scale=inf: it must be a number greater than 0"),
+        ("continuous:Hopper-v5?jitter=0.1", "a step is 4 of the simulator, which jitter=0.1 cannot"),
         ("continuous:Pendulum-v1?jitter=1", "data.env has jitter=1.0: it must be at least 0 and below 1"),
         ("continuous:Pendulum-v1?sigma=1", "it is the noise of an action that moves; give max_speed as well"),
-        ("continuous:Pendulum-v1?max_speed=-1", "data.env has max_speed=-1.0: it must be greater than 0"),
+        ("continuous:Pendulum-v1?max_speed=-1", "data.env has max_speed=-1.0: it must be a number"),
         ("continuous:MountainCarContinuous-v0", "it does not tell its time step; give it an attribute dt, in seconds"),
         ("continuous:HalfCheetah-v5?time_scale=1/4", "a step is 1.25 steps of the simulator; give a multiple of 1/5"),
         ("continuous:envpool:Pendulum-v1", "envpool does not tell its time steps"),

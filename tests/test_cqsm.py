@@ -13,16 +13,19 @@ import yaml
 from tensordict import TensorDict
 from torch import Tensor, nn
 
-from qsm_lightning import checkpoints
+from qsm_lightning import checkpoints, datasets
 from qsm_lightning.cli import fit
 from qsm_lightning.commands.trained import load
 from qsm_lightning.envs import make_env
 from qsm_lightning.losses import CQSM, QSM, CQSMDiffusion, CQSMLoss
 from qsm_lightning.losses.cqsm import one_step, traced, whole_trajectory
 from qsm_lightning.networks import Critics
+from qsm_lightning.replay import copies_in
 from tests.compare import last
+from tests.conftest import Command
 from tests.helpers import SHRINK, replay_batch
 from tests.processes import fit as run_fit
+from tests.processes import fit_ranks
 
 N, A = 3, 2  # widths of x and of the action
 O = N + A  # noqa: E741
@@ -43,8 +46,9 @@ def frames(size: int = 32, window: int = 1, seed: int = 0) -> TensorDict:
 
 
 def make(**settings: Any) -> CQSM:
+    """Without noise in the action's motion, unless it is given."""
     torch.manual_seed(0)
-    return CQSM(O, A, (16, 16), **settings)
+    return CQSM(O, A, (16, 16), **{"sigma": 0.0, **settings})
 
 
 def by_hand(loss: CQSM, batch: TensorDict, *index: int) -> dict[str, Any]:
@@ -58,11 +62,12 @@ def by_hand(loss: CQSM, batch: TensorDict, *index: int) -> dict[str, Any]:
     with torch.no_grad():
         psi = S * loss.score(z).clamp(-1, 1)
         after = get("observation").clone()
-        now, after = after.clone(), torch.cat([after[:N], after[N:].clamp(-1, 1)])
-        now[N:] = (now[N:] + (psi - S * u) * dt).clamp(-1, 1)
+        now, then = after.clone(), after.clone()
+        now[N:] = (z[N:] + psi * dt).clamp(-1, 1)
+        then[N:] = (z[N:] + S * u * dt).clamp(-1, 1)
         value = {
             name: loss.target_critics(point[:N], point[N:]).min().item()
-            for name, point in (("z", z), ("moved", now), ("then", after))
+            for name, point in (("z", z), ("moved", now), ("then", then))
         }
     over = bool(get("terminated"))
     return {
@@ -183,8 +188,8 @@ def test_a_finite_trajectory_is_worth_what_was_paid_and_its_end() -> None:
 
 def test_frames_of_another_score_tell_the_value_of_this_one() -> None:
     """What z' would have been, had this score moved the action through the same noise: asked of the environment."""
-    loss = make_for("continuous:Pendulum-v1?max_speed=4&sigma=0.3")
-    env = make_env("continuous:Pendulum-v1?max_speed=4&sigma=0.3")
+    loss = make_for("continuous:Pendulum-v1?max_speed=20&sigma=0.3")
+    env = make_env("continuous:Pendulum-v1?max_speed=20&sigma=0.3")
 
     def step(action: Tensor | None) -> TensorDict:
         torch.manual_seed(0)
@@ -194,16 +199,30 @@ def test_frames_of_another_score_tell_the_value_of_this_one() -> None:
         chosen = loss.score(state["observation"]).clamp(-1, 1).detach() if action is None else action
         return env.step(state.set("action", chosen)).clone()[None]
 
-    other, own = step(torch.tensor([-0.9])), step(None)
-    assert not torch.allclose(other["next", "observation"], own["next", "observation"])
-    moved = loss.next_state(other, loss.velocity(other["observation"]))
-    assert torch.allclose(moved, own["next", "observation"], atol=1e-6)
+    own = step(None)
+    for u in (-1.0, 0.3, 1.0):  # at full speed the action ends at its bound
+        other = step(torch.tensor([u]))
+        assert not torch.allclose(other["next", "observation"], own["next", "observation"])
+        torch.manual_seed(1)
+        after = loss.next_state(other, loss.velocity(other["observation"]))
+        assert torch.allclose(after, own["next", "observation"], atol=1e-6)
+    assert other["next", "observation"][0, -1] == 1
+
+
+def test_without_bounds_the_noise_is_the_one_there_was() -> None:
+    """a' + (Psi - Psi_then) dt."""
+    batch = frames(4)
+    loss = make(max_speed=None)
+    found = loss.next_state(batch, loss.velocity(batch["observation"]))
+    following, dt = batch["next", "observation"], batch["next", "time_step"]
+    expected = following[:, N:] + (loss.score(batch["observation"]) - batch["action"]) * dt
+    assert torch.allclose(found, torch.cat([following[:, :N], expected], -1))
 
 
 def make_for(name: str) -> CQSM:
     torch.manual_seed(0)
     env = make_env(name)
-    loss = CQSM(env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1], (16,), max_speed=4.0)
+    loss = CQSM(4, 1, (16,), max_speed=20.0, sigma=0.3)
     loss.check_env(env)
     return loss
 
@@ -297,8 +316,10 @@ PENDULUM = "continuous:Pendulum-v1?max_speed=20&sigma=0.5"
     ("arguments", "sentence"),
     [
         (["--data.env=Pendulum-v1"], "data.env does not tell its time steps, which continuous time is about"),
-        (["--data.env=continuous:Pendulum-v1"], "model.loss.max_speed is 20.0: the action has to be moved with that"),
-        (["--data.env=continuous:Pendulum-v1?max_speed=3"], "model.loss.max_speed is 20.0: the action has to be moved"),
+        (["--data.env=continuous:Pendulum-v1"], "the action has to move so in data.env, such as"),
+        (["--data.env=continuous:Pendulum-v1?max_speed=3"], "model.loss.max_speed is 20.0 and model.loss.sigma 0.5"),
+        (["--model.loss.max_speed=null"], "model.loss.max_speed is null: give a number, and data.env the same"),
+        (["--model.loss.sigma=-1"], "model.loss.sigma is -1.0: it must not be negative"),
         (["--model.loss.regularization=0"], "model.loss.regularization is 0.0: it must be greater than 0"),
         (["--model.loss.discount_rate=-1"], "model.loss.discount_rate is -1.0: it must not be negative"),
         (["--model.loss.window=3"], "model.loss.window is 3: with evaluation orthogonality it must be 1"),
@@ -344,10 +365,35 @@ def test_it_learns_offline_from_whole_trajectories(tmp_path: Path) -> None:
     assert (progress["updates"], progress["episodes"]) == (60, 0)
 
 
+def test_a_dataset_s_environments_are_told_apart(tmp_path: Path) -> None:
+    """Those of a run with three copies; and frames in no order are refused."""
+    run_fit(tmp_path, "--config=cqsm/pendulum", *SHRINK, "--data.num_envs=3", "--name=first")
+    found = datasets.load(str(tmp_path / "runs/first/version_0"), 4, 1, timed=True)
+    copies, going_on = copies_in(found)
+    assert copies == 3
+    assert going_on == pytest.approx(1)
+    datasets.save_npz(tmp_path / "mixed.npz", found[torch.randperm(len(found))])
+    whole = ["--model.loss.evaluation=martingale", "--model.loss.window=60", "--data.offline_frames=60"]
+    arguments = ["--config=cqsm/pendulum", *SHRINK, *whole, f"--data.dataset={tmp_path / 'mixed.npz'}"]
+    out = run_fit(tmp_path, *arguments, status=2)
+    assert "of its transitions begin where the one before ended, and model.loss.window looks ahead" in out
+
+
+def test_it_runs_on_several_processes_and_with_workers(tmp_path: Path) -> None:
+    looking = ["--model.loss.evaluation=trace", "--model.loss.window=4"]
+    fit_ranks(tmp_path, 2, "--config=cqsm/pendulum", *SHRINK, *looking, "--data.num_envs=2", "--name=ranks")
+    run_fit(tmp_path, "--config=cqsm/pendulum", *SHRINK, *looking, "--data.collector=processes", "--name=workers")
+    for name in ("ranks", "workers"):
+        state = checkpoints.load(last(tmp_path / "runs" / name / "version_0").state)
+        assert state["OffPolicyDataModule"]["progress"]["updates"] == 20
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("scale", "frames"), [("1", 9000), ("1/4", 30000)])
-def test_it_learns_the_pendulum_at_any_time_step(scale: str, frames: int, tmp_path: Path) -> None:
+def test_it_learns_the_pendulum_at_any_time_step(scale: str, frames: int, command: Command) -> None:
     """With the shipped settings: better than -300 with the usual step and with a quarter of it."""
     env = f"continuous:Pendulum-v1?time_scale={scale}&max_speed=20&sigma=0.5"
-    out = run_fit(tmp_path, "--config=cqsm/pendulum", f"--data.env={env}", f"--data.total_frames={frames}")
-    assert float(out.split("final return: ")[1].split()[0]) > -300
+    settings = ("--config", "cqsm/pendulum", "--data.env", env, "--data.total_frames", frames)
+    result = command("qsm-fit", *settings, timeout=3600)
+    assert float(result.stdout.split("final return: ")[1].split()[0]) > -300

@@ -15,7 +15,7 @@ from qsm_lightning.envs import make_env
 from qsm_lightning.losses import CQSM
 from qsm_lightning.theory.lq import scalar
 from qsm_lightning.theory.lq_env import LARGEST_ACTION
-from tests.processes import fit
+from tests.conftest import Command
 
 NAME = "continuous:qsm_lightning/LinearQuadratic-v0"
 BEST = scalar().optimal()
@@ -68,9 +68,10 @@ def test_the_best_score_is_worth_its_closed_form() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_learns_the_closed_form(tmp_path: Path) -> None:
+@pytest.mark.timeout(3600)
+def test_a_run_learns_the_closed_form(tmp_path: Path, command: Command) -> None:
     """conf/cqsm/lq.yaml as it is shipped, with MLPs: Q and score where the best score is in the long run."""
-    fit(tmp_path, "--config=cqsm/lq")
+    command("qsm-fit", "--config", "cqsm/lq", timeout=3600)
     loss = load(str(next(tmp_path.glob("runs/*/version_0")))).module.loss
     assert isinstance(loss, CQSM)
     S = scalar().stationary(BEST.K)

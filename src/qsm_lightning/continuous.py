@@ -35,12 +35,13 @@ class ContinuousTime:
     Args:
         env: the environment's own name.
         time_scale: its control step as a share of the usual one, such as 1/4: four times as many steps, each with a
-            quarter of the reward, so that a return does not depend on it.
+            quarter of the reward, so that a return does not depend on it. All of a reward is taken as a rate.
         jitter: each step is longer or shorter by up to this share, uniformly, in [0, 1).
         max_speed: greatest speed of the action, per second. The policy's output in [-1, 1] is then a velocity, and the
             action, at first 0, part of what is observed: da = max_speed u dt + sigma dW. By default actions jump.
         sigma: deviation of that noise after one second.
-        horizon: seconds after which an episode is terminated; the share that has passed is observed.
+        horizon: seconds after which an episode is terminated, at the nearest step; the share that has passed is
+            observed, and the environment's own limit of steps is lifted.
     """
 
     env: str
@@ -64,15 +65,20 @@ class ContinuousTime:
             key, _, value = part.partition("=")
             require(key in known, f"data.env has {part!r}: give {', '.join(known)}, such as time_scale=1/4")
             try:
-                options[key] = float(Fraction(value.strip()))
-            except (ValueError, ZeroDivisionError) as error:
+                options[key] = float(value) if "e" in value.lower() else float(Fraction(value.strip()))
+            except (ValueError, ZeroDivisionError, OverflowError) as error:
                 raise SettingError(f"data.env has {part!r}: {value!r} is not a number such as 0.25 or 1/4") from error
         time = cls(env, **options)
         for key in ("time_scale", "max_speed", "horizon"):
             value = getattr(time, key)
-            require(value is None or value > 0, f"data.env has {key}={value}: it must be greater than 0")
+            require(
+                value is None or (value > 0 and math.isfinite(value)),
+                f"data.env has {key}={value}: it must be a number greater than 0",
+            )
         require(0 <= time.jitter < 1, f"data.env has jitter={time.jitter}: it must be at least 0 and below 1")
-        require(time.sigma >= 0, f"data.env has sigma={time.sigma}: it must not be negative")
+        require(
+            time.sigma >= 0 and math.isfinite(time.sigma), f"data.env has sigma={time.sigma}: it must not be negative"
+        )
         require(
             time.sigma == 0 or time.max_speed is not None,
             f"data.env has sigma={time.sigma}: it is the noise of an action that moves; give max_speed as well",
@@ -120,6 +126,11 @@ class Clock:
                 f"data.env is {name!r}: with time_scale={time.time_scale:g} a step is {wanted:g} steps of the "
                 f"simulator; give a multiple of 1/{round(self.usual / self.least)}",
             )
+            require(
+                time.jitter == 0 or (time.jitter * wanted >= 1 and (1 - time.jitter) * wanted >= 0.5),
+                f"data.env is {name!r}: a step is {wanted:g} of the simulator, which jitter={time.jitter:g} cannot "
+                "make longer and shorter; give another, or a greater time_scale",
+            )
         if not time.keeps_the_step:
             try:
                 self.step = time.time_scale * self.usual
@@ -148,6 +159,12 @@ class Clock:
         if self.time.jitter:
             factor = 1 + self.time.jitter * generator.uniform(-1, 1)
             self.step = factor * self.time.time_scale * self.usual
+
+    def limit(self, steps: float) -> float:
+        """An episode's limit of ``steps`` usual steps in steps of today, or one that is out of a horizon's way."""
+        if self.time.horizon is not None:
+            return math.ceil(self.time.horizon / (self.time.time_scale * self.usual * (1 - self.time.jitter))) + 1
+        return math.ceil(steps / self.time.time_scale - 1e-9) if math.isfinite(steps) else steps
 
     @property
     def share(self) -> float:
@@ -197,19 +214,21 @@ class TimedDMControlEnv(Timed, DMControlEnv):
 
 def time_gym(env: TimedGymWrapper, name: str, time: ContinuousTime) -> None:
     """Have a gymnasium environment keep the time asked for; a limit of its episodes stays the same in seconds."""
-    raw = env._env
-    env.keep_time(Clock(name, raw.unwrapped, time), lambda: raw.unwrapped.np_random)
+    raw, inner = env._env, env._env.unwrapped
+    clock = Clock(name, inner, time)
+    env.keep_time(clock, lambda: inner.np_random)
     while isinstance(raw, gym.Wrapper):
         if isinstance(raw, gym.wrappers.TimeLimit):
-            raw._max_episode_steps = math.ceil(raw._max_episode_steps / time.time_scale - 1e-9)
+            raw._max_episode_steps = int(clock.limit(raw._max_episode_steps))
         raw = raw.env
 
 
 def time_dm_control(env: TimedDMControlEnv, name: str, time: ContinuousTime) -> None:
     """As :func:`time_gym`."""
     control = env._env
-    env.keep_time(Clock(name, control, time), lambda: control.task.random)
-    control._step_limit /= time.time_scale
+    clock = Clock(name, control, time)
+    env.keep_time(clock, lambda: control.task.random)
+    control._step_limit = clock.limit(control._step_limit)
 
 
 class MovingAction(Transform):
@@ -254,10 +273,10 @@ class MovingAction(Transform):
             place = state.shape[-1] - self.extra
             passed = state[..., place : place + 1] + time_step / self.time.horizon
             parts.append(passed)
-            self._end(next_tensordict, passed > 1 - 1e-5)
+            self._end(next_tensordict, passed > 1 - 0.5 * time_step / self.time.horizon)  # the nearest step
         if self.time.max_speed is not None:
             velocity = self.time.max_speed * tensordict["velocity"]
-            parts.append(moved(tensordict["action"], velocity, time_step, self.time.sigma))
+            parts.append(moved(state[..., -self.moved :], velocity, time_step, self.time.sigma))
         return next_tensordict.set("observation", torch.cat(parts, -1))
 
     @staticmethod

@@ -34,7 +34,7 @@ from qsm_lightning.losses.base import non_finite
 from qsm_lightning.plain import generators_state, load_generators_state
 from qsm_lightning.policy import Policy
 from qsm_lightning.precision import full_precision_on
-from qsm_lightning.replay import Chunk, FrameBuffer, ReplayArchive, Storage, make_replay_buffer
+from qsm_lightning.replay import Chunk, FrameBuffer, ReplayArchive, Storage, copies_in, make_replay_buffer
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
 from qsm_lightning.stopping import Stopping
 from qsm_lightning.watch import Watch
@@ -240,6 +240,7 @@ class OffPolicyDataModule(LightningDataModule):
         timed = TIME_STEP in self.env.observation_spec
         self._dataset = datasets.load(dataset, self.observation_dim, self.action_dim, timed) if dataset else None
         self._fingerprint = None if self._dataset is None else datasets.fingerprint(self._dataset)
+        self._offline_copies = 1
         self.offline: FrameBuffer | None = None  # of this rank's part of the dataset, from setup on
         self.progress = Progress()
         self.recent = RecentExperience()
@@ -296,7 +297,9 @@ class OffPolicyDataModule(LightningDataModule):
             self._mapped = self._empty_folder()
         self._make_buffer(self.ranks.share(self.buffer_size))
         if self._dataset is not None:
-            part = self._dataset[self.ranks.rank :: self.ranks.count]
+            mine = self.ranks.part(len(self._dataset))  # in one piece, as frames may have to follow each other
+            part = self._dataset[mine.start : mine.stop]
+            self._offline_copies = self._copies_of(part) if self._loss.window > 1 else 1
             self.offline = make_replay_buffer(len(part), seed=self._seed(Purpose.OFFLINE_SAMPLER))
             self.offline.extend(part)
             self._dataset = None
@@ -532,12 +535,22 @@ class OffPolicyDataModule(LightningDataModule):
         if self.offline is None:
             return self._drawn(self.buffer, self._rank_batch, self._copies)
         collected = min(self._rank_batch - round(self.offline_share * self._rank_batch), len(self.buffer))
-        parts = [self._drawn(self.offline, self._rank_batch - collected)]
+        parts = [self._drawn(self.offline, self._rank_batch - collected, self._offline_copies)]
         if collected:
             parts.append(self._drawn(self.buffer, collected, self._copies))
         return TensorDict.cat(parts)
 
-    def _drawn(self, buffer: FrameBuffer, count: int, copies: int = 1) -> TensorDictBase:
+    def _copies_of(self, frames: TensorDictBase) -> int:
+        """How many environments take turns in a dataset, for a loss that looks ahead."""
+        copies, going_on = copies_in(frames)
+        require(
+            going_on > 0.5,
+            f"data.dataset is {self.hparams['dataset']!r}: {going_on:.0%} of its transitions begin where the one "
+            "before ended, and model.loss.window looks ahead; put them in the order of time",
+        )
+        return copies
+
+    def _drawn(self, buffer: FrameBuffer, count: int, copies: int) -> TensorDictBase:
         window = self._loss.window
         return buffer.sample(count) if window == 1 else buffer.sample_windows(count, window, copies)
 

@@ -108,6 +108,17 @@ def _leaves(frames: TensorDictBase, keys: tuple[NestedKey, ...]) -> list[Tensor]
     return [following[key[1]] if isinstance(key, tuple) else frames[key] for key in keys]
 
 
+def copies_in(frames: TensorDictBase, most: int = 64) -> tuple[int, float]:
+    """How many environments take turns in frames [n], at most ``most``, and the share of frames that then go on."""
+    after, now = frames["next", "observation"], frames["observation"]
+    found = {
+        copies: (after[:-copies] == now[copies:]).all(-1).float().mean().item()
+        for copies in range(1, min(most, len(frames) - 1) + 1)
+    }
+    copies = max(found, key=lambda count: found[count], default=1)
+    return copies, found.get(copies, 0.0)
+
+
 def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> FrameBuffer:
     """A ring of ``size`` frames sampled uniformly, by a generator of its own.
 

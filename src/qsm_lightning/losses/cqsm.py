@@ -23,7 +23,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.envs import EnvBase
 
-from qsm_lightning.continuous import TIME_STEP, moving_action
+from qsm_lightning.continuous import TIME_STEP, moved, moving_action
 from qsm_lightning.distributed import batch_mean
 from qsm_lightning.errors import require, require_positive
 from qsm_lightning.losses.base import Metrics, OffPolicyLoss, polyak_update
@@ -50,6 +50,7 @@ class CQSMLoss(OffPolicyLoss):
         tau: Polyak rate of the target critics, in (0, 1]; 1 does without.
         max_speed: greatest speed of the action, per second, as in ``data.env``; None where neither speed nor action is
             bounded: u is then Psi itself.
+        sigma: deviation of the noise in the action's motion after one second, as in ``data.env``.
         evaluation: how the martingale condition is asked for. ``orthogonality`` with the gradient of Q as test
             function: temporal differences over single frames. ``trace``: its exponentially discounted trace as test
             function. ``martingale``: the martingale loss, mean (Q - what followed)^2, over whole trajectories.
@@ -74,6 +75,7 @@ class CQSMLoss(OffPolicyLoss):
         discount_rate: float = 0.2,
         tau: float = 0.005,
         max_speed: float | None = 20.0,
+        sigma: float = 0.5,
         evaluation: Literal["orthogonality", "trace", "martingale"] = "orthogonality",
         window: int = 1,
         trace_rate: float = 1.0,
@@ -83,6 +85,7 @@ class CQSMLoss(OffPolicyLoss):
         require(discount_rate >= 0, f"discount_rate is {discount_rate}: it must not be negative")
         require(0 < tau <= 1, f"tau is {tau}: it must be above 0 and at most 1")
         require(max_speed is None or max_speed > 0, f"max_speed is {max_speed}: it must be greater than 0")
+        require(sigma >= 0, f"sigma is {sigma}: it must not be negative")
         require(
             evaluation in ("orthogonality", "trace", "martingale"),
             f"evaluation is {evaluation!r}: choose orthogonality, trace or martingale",
@@ -100,6 +103,7 @@ class CQSMLoss(OffPolicyLoss):
         self.discount_rate = discount_rate
         self.tau = tau
         self.max_speed = max_speed
+        self.sigma = sigma
         self.evaluation = evaluation
         self.window = window
         self.trace_rate = trace_rate
@@ -123,14 +127,18 @@ class CQSMLoss(OffPolicyLoss):
         return following[self.tensor_keys.reward].squeeze(-1) - cost
 
     def next_state(self, frames: TensorDictBase, velocity: Tensor) -> Tensor:
-        """z' [..., O] had ``velocity`` moved the action: a' + (Psi - Psi_then) dt, with the noise that there was.
+        """z' [..., O] had ``velocity`` moved the action, with noise of its own; unbounded, with the noise there was.
 
-        x' does not depend on it, as the action was a during the frame. So frames of any score tell the value of this.
+        x' does not depend on it, as the action was a during the frame, and how the action moves is known. So frames of
+        any score tell the value of this.
         """
         following = frames["next"]
-        x, a = self.split(following[self.tensor_keys.observation])
-        a = a + (velocity - self.velocity_then(frames)) * following[TIME_STEP]
-        return torch.cat([x, a if self.max_speed is None else a.clamp(-1, 1)], -1)
+        x, a_then = self.split(following[self.tensor_keys.observation])
+        if self.max_speed is None:
+            a = a_then + (velocity - self.velocity_then(frames)) * following[TIME_STEP]
+        else:
+            a = moved(self.split(frames[self._z])[1], velocity, following[TIME_STEP], self.sigma)
+        return torch.cat([x, a], -1)
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z [..., O] -> x [..., O - A], a [..., A]."""
@@ -221,9 +229,15 @@ class CQSMLoss(OffPolicyLoss):
         check_timed(env)
         moving = moving_action(env)
         require(
-            moving is not None and moving.time.max_speed == self.max_speed,
-            f"model.loss.max_speed is {self.max_speed}: the action has to be moved with that speed; end data.env with "
-            f"max_speed={self.max_speed}, such as continuous:Pendulum-v1?max_speed={self.max_speed}",
+            self.max_speed is not None,
+            "model.loss.max_speed is null: give a number, and data.env the same, such as "
+            "continuous:Pendulum-v1?max_speed=20",
+        )
+        there = (moving.time.max_speed, moving.time.sigma) if moving else (None, 0.0)
+        require(
+            there == (self.max_speed, self.sigma),
+            f"model.loss.max_speed is {self.max_speed} and model.loss.sigma {self.sigma}: the action has to move so in "
+            f"data.env, such as continuous:Pendulum-v1?max_speed={self.max_speed:g}&sigma={self.sigma:g}",
         )
 
     def exploration_policy(self) -> Policy:
@@ -247,7 +261,8 @@ def traced(running: Tensor, future: Tensor, value: Tensor, kept: Tensor, inside:
     """y = Qbar(z_0) + sum_k e^(-(beta + kappa)(t_k - t_0)) (increment of the martingale in frame k), [B].
 
     With frame 0 at every place of a trajectory in turn, each increment meets all earlier gradients of Q, discounted:
-    the trace. As future values are those of the present score, so is what is estimated, whoever collected.
+    the trace. As future values are those of the present score, so is where this ends, whoever collected; but it may not
+    get there from frames of a very different score with a slow ``trace_rate``.
 
     Args:
         running: (r - lambda / 2 |Psi|^2) dt, [B, W].

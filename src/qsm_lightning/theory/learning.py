@@ -120,8 +120,9 @@ def learn(
 ) -> Learned:
     """Critic and score from frames of the score that is learned, an update for every step of ``particles`` paths.
 
-    Nothing is told of the problem but the frames: z, Psi, what it was paid, dt and the next z. Each z is left twice,
-    with opposite noise, which takes away most of the variance of a temporal difference and leaves its mean. The
+    The loss is told of the problem by frames: z, Psi, what it was paid, dt and the next z. They begin where the best
+    score leaves z in the long run. Each z is left twice, as a simulator can, with opposite noise, which takes away most
+    of the variance of a temporal difference and leaves its mean. The
     quadratic critic has a linear score beside it, the MLP another MLP. Torch's global generators are left as they were.
 
     Args:

@@ -19,7 +19,7 @@ class ScalarLinearQuadratic(gym.Env):
     r""":func:`qsm_lightning.theory.lq.scalar`: dx = (A x + B a) dt + C dW, paid -1/2 z'Mz per second.
 
     The action is a / 2, in [-1, 1], and held for a step; [x] is observed. An episode begins where the best score leaves
-    z in the long run and is truncated after 10 seconds. The reward of a step of the usual length, 0.05 seconds, is the
+    x in the long run and is truncated after 10 seconds. The reward of a step of the usual length, 0.05 seconds, is the
     rate times that; :class:`~qsm_lightning.continuous.Clock` sets ``dt`` and scales it.
     """
 
