@@ -68,6 +68,35 @@ def test_the_best_score_is_worth_its_closed_form() -> None:
     assert found.std() / np.sqrt(copies) < 0.1 * abs(BEST.value(z[:, 0]).mean()), "else it would say nothing"
 
 
+def test_a_finite_horizon_is_worth_its_closed_form() -> None:
+    """No discount, h = -x^2 / 2 at the end, paid once: what was paid less the price of speed is Q(0, z) on average."""
+    problem, copies, horizon, dt = scalar(), 60, 2.0, 0.025
+    env = make_env(f"{NAME}?time_scale=1/2&max_speed=4&sigma=0.25&horizon={horizon}", copies)
+    env.set_seed(0)
+    torch.manual_seed(0)
+    steps = round(horizon / dt)
+    terminal = np.diag([1.0, 0.0])
+    solved = problem.optimal_finite(horizon, terminal, np.arange(steps + 1) * dt)
+
+    def policy(tensordict: TensorDictBase) -> TensorDictBase:
+        observation = tensordict["observation"]  # x, the share of the horizon that has passed, a / 2
+        now = solved[round(observation[0, 1].item() * steps)]
+        psi = now.score(physical(observation[:, [0, 2]])) / LARGEST_ACTION
+        return tensordict.set("action", torch.from_numpy(psi / 4).float())
+
+    frames = env.rollout(steps, policy, break_when_any_done=False)
+    assert frames["next", "terminated"][:, -1].all()
+    assert not frames["next", "terminated"][:, :-1].any()
+    start, end = physical(frames["observation"][:, 0, [0, 2]]), physical(frames["next", "observation"][:, -1, [0, 2]])
+    last_rate = physical(frames["observation"][:, -1, [0, 2]])
+    paid = frames["next", "reward"].double().numpy()[..., 0]
+    assert np.allclose(paid[:, -1], -0.5 * end[:, 0] ** 2 - 0.5 * ((last_rate @ problem.M) * last_rate).sum(-1) * dt)
+    speed = LARGEST_ACTION * 4 * frames["action"].double().numpy()[..., 0]
+    found = (paid - 0.5 * problem.regularization * speed**2 * dt).sum(1) - solved[0].value(start)
+    assert abs(found.mean()) < 4 * found.std() / np.sqrt(copies) + 0.02 * abs(solved[0].value(start).mean())
+    assert found.std() / np.sqrt(copies) < 0.2 * abs(solved[0].value(start).mean()), "else it would say nothing"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_run_learns_the_closed_form(tmp_path: Path, command: Command) -> None:

@@ -26,6 +26,7 @@ from qsm_lightning.errors import SettingError, require
 
 PREFIX = "continuous"
 TIME_STEP = "time_step"
+TERMINAL_REWARD = "terminal_reward"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class ContinuousTime:
             action, at first 0, part of what is observed: da = max_speed u dt + sigma dW. By default actions jump.
         sigma: deviation of that noise after one second.
         horizon: seconds after which an episode is terminated, at the nearest step; the share that has passed is
-            observed, and the environment's own limit of steps is lifted.
+            observed, and the environment's own limit of steps is lifted. What its end is worth, h, an environment says
+            by a method ``terminal_reward()``; it is paid with the last step.
     """
 
     env: str
@@ -178,6 +180,7 @@ class Timed:
     observation_spec: Composite
     clock: Clock
     _random: Callable[[], Any]
+    _at_end: Callable[[], float] | None
 
     def keep_time(self, clock: Clock, random: Callable[[], Any]) -> None:
         """Begin to.
@@ -189,6 +192,9 @@ class Timed:
         self.clock, self._random = clock, random
         spec = self.observation_spec.clone()
         spec[TIME_STEP] = Unbounded((1,))
+        self._at_end = getattr(clock.env, TERMINAL_REWARD, None) if clock.time.horizon is not None else None
+        if self._at_end is not None:
+            spec[TERMINAL_REWARD] = Unbounded((1,))
         self.observation_spec = spec
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -197,11 +203,15 @@ class Timed:
         share = self.clock.share
         if share != 1:
             out["reward"] = out["reward"] * share
-        return out.set(TIME_STEP, torch.tensor([self.clock.step], dtype=torch.float32))
+        return self._told(out, self.clock.step)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
-        out = super()._reset(tensordict, **kwargs)  # type: ignore[misc]
-        return out.set(TIME_STEP, torch.zeros(1))
+        return self._told(super()._reset(tensordict, **kwargs), 0.0)  # type: ignore[misc]
+
+    def _told(self, out: TensorDictBase, step: float) -> TensorDictBase:
+        if self._at_end is not None:
+            out[TERMINAL_REWARD] = torch.tensor([self._at_end()], dtype=torch.float32)
+        return out.set(TIME_STEP, torch.tensor([step], dtype=torch.float32))
 
 
 class TimedGymWrapper(Timed, GymWrapper):
@@ -281,6 +291,8 @@ class MovingAction(Transform):
 
     @staticmethod
     def _end(following: TensorDictBase, over: Tensor) -> None:
+        if TERMINAL_REWARD in following:
+            following["reward"] = following["reward"] + over * following[TERMINAL_REWARD]
         following["terminated"] = following["terminated"] | over
         following["done"] = following["done"] | over
         following["truncated"] = following["truncated"] & ~following["terminated"]

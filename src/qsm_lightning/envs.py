@@ -38,6 +38,7 @@ from torchrl.envs import (
 from qsm_lightning import toy  # noqa: F401  # registers its environment
 from qsm_lightning.continuous import (
     PREFIX,
+    TERMINAL_REWARD,
     TIME_STEP,
     ContinuousTime,
     MovingAction,
@@ -113,7 +114,9 @@ def _transforms(env: EnvBase, time: ContinuousTime | None) -> list[Transform]:
     """What turns a single environment's frames into those of this package."""
     transforms: list[Transform] = []
     if isinstance(env, DMControlEnv):
-        keys = [key for key in env.observation_spec.keys(True, True) if key not in ("pixels", TIME_STEP)]
+        keys = [
+            key for key in env.observation_spec.keys(True, True) if key not in ("pixels", TIME_STEP, TERMINAL_REWARD)
+        ]
         transforms += [
             CatTensors(sorted(keys), "observation"),
             DoubleToFloat(in_keys=["observation", "reward"], in_keys_inv=["action"]),

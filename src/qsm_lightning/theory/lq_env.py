@@ -19,8 +19,9 @@ class ScalarLinearQuadratic(gym.Env):
     r""":func:`qsm_lightning.theory.lq.scalar`: dx = (A x + B a) dt + C dW, paid -1/2 z'Mz per second.
 
     The action is a / 2, in [-1, 1], and held for a step; [x] is observed. An episode begins where the best score leaves
-    x in the long run and is truncated after 10 seconds. The reward of a step of the usual length, 0.05 seconds, is the
-    rate times that; :class:`~qsm_lightning.continuous.Clock` sets ``dt`` and scales it.
+    x in the long run and is truncated after 10 seconds; the end of a finite horizon is worth -x^2 / 2. The reward of a
+    step of the usual length, 0.05 seconds, is the rate times that; :class:`~qsm_lightning.continuous.Clock` sets ``dt``
+    and scales it.
     """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
@@ -48,6 +49,10 @@ class ScalarLinearQuadratic(gym.Env):
         noise = self._noise * np.sqrt(self.dt) * self.np_random.standard_normal()
         self.x = float(self.x + self._drift @ z * self.dt + noise)
         return self._observation(), float(-0.5 * z @ self._M @ z) * TIME_STEP, False, False, {}
+
+    def terminal_reward(self) -> float:
+        """h = -x^2 / 2, for a finite horizon."""
+        return -0.5 * self.x**2
 
     def _observation(self) -> np.ndarray:
         return np.array([self.x], np.float32)
