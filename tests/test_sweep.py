@@ -40,7 +40,9 @@ def test_every_combination_of_what_varies() -> None:
     ]
     named = variants_of(["data.utd=1,0.5"], ["fixed=", "auto=--model.loss.m_q auto"])
     assert list(named) == ["fixed,utd=1", "fixed,utd=0.5", "auto,utd=1", "auto,utd=0.5"]
-    assert named["auto,utd=0.5"] == ["--model.loss.m_q", "auto", "--data.utd=0.5"]
+    assert named["auto,utd=0.5"] == ["--data.utd=0.5", "--model.loss.m_q", "auto"]
+    on_top = variants_of(["config=hopper"], ["sac=--config algo/sac"])
+    assert on_top == {"sac,config=hopper": ["--config=hopper", "--config", "algo/sac"]}
     assert variants_of([], []) == {"": []}
 
 

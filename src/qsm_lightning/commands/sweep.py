@@ -155,6 +155,8 @@ def seeds_of(text: str) -> list[int]:
 def variants_of(vary: list[str], variants: list[str]) -> dict[str, list[str]]:
     """Every combination of variants and varied settings: its name, such as ``loss=sac,T=5``, and its options.
 
+    A variant's come last, so that its configuration is read after a task's.
+
     Raises:
         SettingError: for what is not KEY=A,B or NAME=OPTIONS, and for two of the same name.
     """
@@ -179,7 +181,8 @@ def variants_of(vary: list[str], variants: list[str]) -> dict[str, list[str]]:
     for combination in itertools.product(*choices):
         name = ",".join(name for name, _ in combination).replace("/", "-")
         require(name not in names, f"two variants have the name {name!r}: give each value once")
-        names[name] = [option for _, options in combination for option in options]
+        first = len(variants) > 0  # a variant is set on top of what is varied, which may be the task
+        names[name] = [option for _, options in (*combination[first:], *combination[:first]) for option in options]
     return names
 
 
