@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import socket
+import subprocess
+import threading
 import time
 from dataclasses import asdict, astuple
 from pathlib import Path
@@ -19,6 +23,7 @@ from qsm_lightning.collect import Progress, RecentExperience
 from qsm_lightning.distributed import Ranks
 from qsm_lightning.replay import ReplayArchive, make_replay_buffer
 from qsm_lightning.sharding import adopt, part_of_frames
+from qsm_lightning.watch import Watch
 from tests.compare import assert_same, curves, last, rows, state
 from tests.faulty_envs import NAME, plan
 from tests.helpers import SHRINK, replay_batch
@@ -224,6 +229,17 @@ def test_only_the_lost_one_of_three_is_blamed(lost: int, tmp_path: Path) -> None
     assert statuses[0] == 3, run.text
     assert run.text.count("ended without a word") == 1, run.text
     assert f"rank {lost} ended without a word" in run.text
+
+
+def test_a_rank_whose_end_shows_after_its_connections_broke_is_blamed() -> None:
+    watch = Watch.__new__(Watch)
+    watch.ranks = Ranks()
+    watch.ranks.count = 2
+    with subprocess.Popen(["sleep", "60"]) as other:
+        watch._processes = [(socket.gethostname(), pid) for pid in (os.getpid(), other.pid)]
+        assert watch._lost() == {}
+        threading.Timer(0.3, other.kill).start()
+        assert list(watch._lost()) == [1]
 
 
 def test_a_damaged_checkpoint_is_passed_over_on_all_ranks(whole: Path, tmp_path: Path) -> None:

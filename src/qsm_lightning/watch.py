@@ -97,7 +97,7 @@ class Watch:
             try:
                 signs = [Sign(**sign) for sign in self._signs.gather(asdict(mine))]
             except Exception:  # a connection is broken, or nothing came
-                lost = {rank: why for rank in range(self.ranks.count) if (why := self._gone(rank))}
+                lost = self._lost()
                 self._stop([f"rank {r} {why}" for r, why in lost.items()] or ["a rank does not answer"], list(lost))
                 return
             failed = [rank for rank, sign in enumerate(signs) if sign.state not in ("runs", "done")]
@@ -114,6 +114,15 @@ class Watch:
                 where = [f"rank {rank} hangs in {signs[rank].place}" for rank in hang]
                 self._stop([f"no rank got on for {self.timeout:g} s", *where], hang)
                 return
+
+    def _lost(self) -> dict[int, str]:
+        """The ranks that cannot answer, and why. A process's connections break a moment before it is seen to end."""
+        end = time.monotonic() + 2 * PERIOD
+        while True:
+            lost = {rank: why for rank in range(self.ranks.count) if (why := self._gone(rank))}
+            if lost or time.monotonic() > end:
+                return lost
+            time.sleep(PERIOD / 5)
 
     def _gone(self, rank: int) -> str:
         """Why a rank on this machine cannot answer, if it cannot."""
