@@ -266,11 +266,11 @@ def test_windows_are_frames_that_follow_each_other() -> None:
     found = rollout("continuous:Pendulum-v1?horizon=0.6&jitter=0.5", steps, num_envs=copies)
     in_time = found.transpose(0, 1).reshape(-1)
     numbers = torch.arange(steps * copies)
-    buffer = make_replay_buffer(70)
+    buffer = make_replay_buffer(70, copies=copies)
     for start in range(0, len(in_time), copies):
         buffer.extend(in_time[start : start + copies])
     kept = in_time[-70:]
-    windows = buffer.sample_windows(64, length, copies)
+    windows = buffer.sample_windows(64, length)
     assert windows.batch_size == (64,)
     assert windows["observation"].shape == (64, length, 4)
     shorter = 0

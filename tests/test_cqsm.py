@@ -287,7 +287,7 @@ def test_any_modules_will_do() -> None:
 
 def test_the_diffusion_policy_s_critic_discounts_by_the_time_that_passed() -> None:
     torch.manual_seed(0)
-    loss = CQSMDiffusion(3, 2, (16,), regularization=0.02, discount_rate=2.0)
+    loss = CQSMDiffusion(3, 2, hidden=(16,), regularization=0.02, discount_rate=2.0)
     torch.manual_seed(0)
     discrete = QSM(3, 2, (16,), gamma=math.exp(-2.0 * 0.05), m_q=50.0)
     batch = replay_batch()

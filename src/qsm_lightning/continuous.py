@@ -20,7 +20,7 @@ from gymnasium.envs.mujoco import MujocoEnv
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Composite, Unbounded
-from torchrl.envs import DMControlEnv, EnvBase, GymWrapper, Transform
+from torchrl.envs import EnvBase, Transform
 
 from qsm_lightning.errors import SettingError, require
 
@@ -179,6 +179,7 @@ class Timed:
 
     observation_spec: Composite
     clock: Clock
+    _env: Any  # gymnasium's or dm_control's own
     _random: Callable[[], Any]
     _at_end: Callable[[], float] | None
 
@@ -214,15 +215,7 @@ class Timed:
         return out.set(TIME_STEP, torch.tensor([step], dtype=torch.float32))
 
 
-class TimedGymWrapper(Timed, GymWrapper):
-    """A gymnasium environment whose frames carry their time step."""
-
-
-class TimedDMControlEnv(Timed, DMControlEnv):
-    """A dm_control task whose frames carry their time step."""
-
-
-def time_gym(env: TimedGymWrapper, name: str, time: ContinuousTime) -> None:
+def time_gym(env: Timed, name: str, time: ContinuousTime) -> None:
     """Have a gymnasium environment keep the time asked for; a limit of its episodes stays the same in seconds."""
     raw, inner = env._env, env._env.unwrapped
     clock = Clock(name, inner, time)
@@ -233,7 +226,7 @@ def time_gym(env: TimedGymWrapper, name: str, time: ContinuousTime) -> None:
         raw = raw.env
 
 
-def time_dm_control(env: TimedDMControlEnv, name: str, time: ContinuousTime) -> None:
+def time_dm_control(env: Timed, name: str, time: ContinuousTime) -> None:
     """As :func:`time_gym`."""
     control = env._env
     clock = Clock(name, control, time)

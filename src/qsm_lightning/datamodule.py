@@ -237,10 +237,9 @@ class OffPolicyDataModule(LightningDataModule):
         self.env = self._make_env(num_envs)
         self.observation_dim = self.env.observation_spec["observation"].shape[-1]
         self.action_dim = self.env.action_spec.shape[-1]
-        timed = TIME_STEP in self.env.observation_spec
-        self._dataset = datasets.load(dataset, self.observation_dim, self.action_dim, timed) if dataset else None
+        self.timed = TIME_STEP in self.env.observation_spec
+        self._dataset = datasets.load(dataset, self.observation_dim, self.action_dim, self.timed) if dataset else None
         self._fingerprint = None if self._dataset is None else datasets.fingerprint(self._dataset)
-        self._offline_copies = 1
         self.offline: FrameBuffer | None = None  # of this rank's part of the dataset, from setup on
         self.progress = Progress()
         self.recent = RecentExperience()
@@ -299,8 +298,8 @@ class OffPolicyDataModule(LightningDataModule):
         if self._dataset is not None:
             mine = self.ranks.part(len(self._dataset))  # in one piece, as frames may have to follow each other
             part = self._dataset[mine.start : mine.stop]
-            self._offline_copies = self._copies_of(part) if self._loss.window > 1 else 1
-            self.offline = make_replay_buffer(len(part), seed=self._seed(Purpose.OFFLINE_SAMPLER))
+            copies = self._copies_of(part) if self._loss.window > 1 else 1
+            self.offline = make_replay_buffer(len(part), None, self._seed(Purpose.OFFLINE_SAMPLER), copies)
             self.offline.extend(part)
             self._dataset = None
 
@@ -336,7 +335,8 @@ class OffPolicyDataModule(LightningDataModule):
 
     def _make_buffer(self, capacity: int) -> None:
         folder = str(self._mapped) if self._mapped else None
-        self.buffer = make_replay_buffer(capacity, folder, self._seed(Purpose.SAMPLER))
+        copies = self.num_envs * (1 if self.collector_kind == "local" else self.collector_workers)
+        self.buffer = make_replay_buffer(capacity, folder, self._seed(Purpose.SAMPLER), copies)
 
     def start(self) -> None:
         """Begin to collect, with the random streams of a new run or the saved ones: the last thing before training."""
@@ -533,11 +533,11 @@ class OffPolicyDataModule(LightningDataModule):
     def _sample(self) -> TensorDictBase:
         """A minibatch: of what was collected, or with the dataset's share."""
         if self.offline is None:
-            return self._drawn(self.buffer, self._rank_batch, self._copies)
+            return self._drawn(self.buffer, self._rank_batch)
         collected = min(self._rank_batch - round(self.offline_share * self._rank_batch), len(self.buffer))
-        parts = [self._drawn(self.offline, self._rank_batch - collected, self._offline_copies)]
+        parts = [self._drawn(self.offline, self._rank_batch - collected)]
         if collected:
-            parts.append(self._drawn(self.buffer, collected, self._copies))
+            parts.append(self._drawn(self.buffer, collected))
         return TensorDict.cat(parts)
 
     def _copies_of(self, frames: TensorDictBase) -> int:
@@ -550,14 +550,9 @@ class OffPolicyDataModule(LightningDataModule):
         )
         return copies
 
-    def _drawn(self, buffer: FrameBuffer, count: int, copies: int) -> TensorDictBase:
+    def _drawn(self, buffer: FrameBuffer, count: int) -> TensorDictBase:
         window = self._loss.window
-        return buffer.sample(count) if window == 1 else buffer.sample_windows(count, window, copies)
-
-    @property
-    def _copies(self) -> int:
-        """How many environments take turns in the buffer."""
-        return self.num_envs * (1 if self.collector_kind == "local" else self.collector_workers)
+        return buffer.sample(count) if window == 1 else buffer.sample_windows(count, window)
 
     @property
     def _rank_batch(self) -> int:

@@ -42,8 +42,7 @@ from qsm_lightning.continuous import (
     TIME_STEP,
     ContinuousTime,
     MovingAction,
-    TimedDMControlEnv,
-    TimedGymWrapper,
+    Timed,
     time_dm_control,
     time_gym,
 )
@@ -222,7 +221,7 @@ def gym_copies(env: EnvBase) -> list[GuardedGymWrapper] | None:
     return copies if all(type(copy) is GuardedGymWrapper for copy in copies) else None
 
 
-class GuardedTimedGymWrapper(Guarded, TimedGymWrapper):
+class GuardedTimedGymWrapper(Guarded, Timed, GymWrapper):
     """A gymnasium environment in continuous time whose faults carry its name."""
 
 
@@ -283,7 +282,7 @@ class GuardedDMControlEnv(Guarded, DMControlEnv):
     """A dm_control task whose faults carry its name: a simulation that blows up ends in a sentence."""
 
 
-class GuardedTimedDMControlEnv(Guarded, TimedDMControlEnv):
+class GuardedTimedDMControlEnv(Guarded, Timed, DMControlEnv):
     """A dm_control task in continuous time whose faults carry its name."""
 
 

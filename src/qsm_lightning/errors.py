@@ -54,6 +54,12 @@ def require_positive(**settings: float) -> None:
         require(value > 0, f"{name.replace('__', '.')} is {value}: it must be greater than 0")
 
 
+def require_not_negative(**settings: float) -> None:
+    """Raise :class:`SettingError` for the first of ``settings`` that is below zero."""
+    for name, value in settings.items():
+        require(value >= 0, f"{name.replace('__', '.')} is {value}: it must not be negative")
+
+
 def require_package(module: str, extra: str, what: str) -> None:
     """Raise :class:`SettingError` unless an optional package is installed.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import matplotlib
@@ -77,10 +76,3 @@ def _draw_line(axis: Axes, actions: np.ndarray, modes: Modes) -> None:
 def _draw_plane(axis: Axes, points: np.ndarray, modes: Modes) -> None:
     for mask, colour in _colours(modes):
         axis.scatter(points[mask, 0], points[mask, 1], s=10, color=colour, alpha=0.4, linewidths=0)
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as the content of a .png file."""
-    file = io.BytesIO()
-    figure.savefig(file, dpi=110)
-    return file.getvalue()

@@ -46,7 +46,14 @@ class FrameBuffer(ReplayBuffer):
     """TorchRL's ring of frames, sampled uniformly: the same content and samples, by a fraction of the Python.
 
     It takes no transforms and no prefetching.
+
+    Attributes:
+        copies: how many environments take turns in it.
+        keys: what is stored of a frame.
     """
+
+    copies = 1
+    keys: tuple[NestedKey, ...] = FRAME_KEYS
 
     def extend(self, data: TensorDictBase, **kwargs: Any) -> None:
         """Add frames [n], of which :func:`frame_keys` are kept, after the last ones, over the oldest when full."""
@@ -70,7 +77,7 @@ class FrameBuffer(ReplayBuffer):
         following = {key[1]: drawn.pop(key) for key in self.keys if isinstance(key, tuple)}
         return TensorDict({**drawn, "next": TensorDict(following, [batch_size])}, [batch_size])
 
-    def sample_windows(self, batch_size: int, length: int, copies: int) -> TensorDict:
+    def sample_windows(self, batch_size: int, length: int) -> TensorDict:
         """Up to ``length`` frames that follow each other, from each of ``batch_size`` that are drawn with replacement.
 
         A frame belongs to the window while it begins in the observation in which the one before it ended, and that
@@ -79,7 +86,6 @@ class FrameBuffer(ReplayBuffer):
         Args:
             batch_size: number of windows.
             length: frames of the longest ones.
-            copies: how many environments take turns in the buffer.
 
         Returns:
             Frames [batch_size] with leaves [batch_size, length, ...], and ``in_window`` [batch_size, length]; what is
@@ -87,7 +93,7 @@ class FrameBuffer(ReplayBuffer):
         """
         size = len(self._storage)
         oldest = self._writer._cursor % size
-        place = torch.randint(0, size, (batch_size, 1), generator=self._rng) + copies * torch.arange(length)
+        place = torch.randint(0, size, (batch_size, 1), generator=self._rng) + self.copies * torch.arange(length)
         index = (oldest + place) % size
         frames = TensorDict(dict(zip(self.keys, (leaf[index] for leaf in self._leaves), strict=True)), [batch_size])
         before = frames["next", "observation"][:, :-1]
@@ -95,8 +101,6 @@ class FrameBuffer(ReplayBuffer):
         follows &= place[:, 1:] < size
         inside = torch.cat([torch.ones(batch_size, 1, dtype=torch.bool), follows], 1).cummin(1).values
         return frames.set("in_window", inside)
-
-    keys: tuple[NestedKey, ...] = FRAME_KEYS
 
     @property
     def _leaves(self) -> list[Tensor]:
@@ -119,17 +123,19 @@ def copies_in(frames: TensorDictBase, most: int = 64) -> tuple[int, float]:
     return copies, found.get(copies, 0.0)
 
 
-def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0) -> FrameBuffer:
+def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0, copies: int = 1) -> FrameBuffer:
     """A ring of ``size`` frames sampled uniformly, by a generator of its own.
 
     Args:
         size: capacity in frames.
         folder: where to keep the frames in files mapped into memory, an empty folder; in memory by default.
         seed: seed of the sampler.
+        copies: how many environments take turns in it, for windows of frames that follow each other.
     """
     frames = LazyTensorStorage(size) if folder is None else LazyMemmapStorage(size, scratch_dir=folder)
     buffer = FrameBuffer(storage=frames)
     buffer.set_rng(torch.Generator().manual_seed(seed))
+    buffer.copies = copies
     return buffer
 
 
@@ -180,8 +186,9 @@ class ReplayArchive:
 
     def _write(self, buffer: ReplayBuffer, first: int, total: int) -> Chunk:
         """The next file: frame ``first`` and as many of those before ``total`` as it may hold."""
-        keys = frame_keys(buffer[:1])
-        size = sum(value[0].nbytes for value in buffer[:1].select(*keys).values(True, True))
+        one = buffer[:1]
+        keys = frame_keys(one)
+        size = sum(value[0].nbytes for value in one.select(*keys).values(True, True))
         beat()
         stop = min(total, first + max(1, CHUNK_BYTES // size))
         frames = buffer[torch.arange(first, stop) % buffer.storage.max_size].select(*keys)

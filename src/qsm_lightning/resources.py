@@ -12,7 +12,6 @@ from pathlib import Path
 import psutil
 
 from qsm_lightning import checkpoints, runs
-from qsm_lightning.continuous import TIME_STEP
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import require
 from qsm_lightning.replay import frame_bytes
@@ -35,8 +34,7 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1)
     Raises:
         SettingError: when memory or disk is too small for it.
     """
-    timed = TIME_STEP in data.env.observation_spec
-    frame = frame_bytes(data.observation_dim, data.action_dim, timed)
+    frame = frame_bytes(data.observation_dim, data.action_dim, data.timed)
     frames = math.ceil(min(data.buffer_size, data.total_frames) / machines)
     index = 8  # TorchRL stores each frame's number with it
     size, archive = frames * (frame + index), min(2 * data.buffer_size, data.total_frames) * frame

@@ -9,11 +9,12 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from pytorch_lightning.utilities import rank_zero_only
 
-from qsm_lightning import runs
+from qsm_lightning import durable, runs
 from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault
 
 
@@ -40,6 +41,14 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
         _stop(prog, stop, f"{stop}{runs.and_now(stop.checkpoint) if prog == 'qsm-fit' else ''}", 128 + stop.signum)
     except KeyboardInterrupt as stop:
         _stop(prog, stop, "interrupted; nothing was saved since the last checkpoint", 130)
+
+
+def write_results(folder: Path, table: str, files: dict[str, bytes]) -> None:
+    """Write what a command found into a folder, each file whole, and print its table and where they are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        durable.write_file(folder / name, content)
+    print(f"{table}\n{', '.join(str(folder / name) for name in files)}")
 
 
 def _stop(prog: str, error: BaseException, message: str, status: int) -> NoReturn:

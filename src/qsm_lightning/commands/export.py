@@ -10,7 +10,6 @@ from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.commands.trained import Trained, add_checkpoint, add_selector, load
 from qsm_lightning.errors import SettingError, require
 from qsm_lightning.exporting import SUFFIXES, check_installed, described_inputs, exported
-from qsm_lightning.losses import CQSMLoss
 from qsm_lightning.policy import Policy
 
 SCALING = "low + (action + 1) / 2 * (high - low)"
@@ -77,6 +76,7 @@ def _file(out: str | None, file_format: str) -> Path:
 
 def _metadata(trained: Trained, selector: str, shapes: dict[str, str]) -> dict[str, str]:
     """What is written into the file: where the policy comes from and how it is called."""
+    width, meaning = trained.module.hparams["action_dim"], f"{trained.module.loss.output}the environment's is {SCALING}"
     return {
         "environment": trained.env,
         "algorithm": type(trained.module.loss).__name__,
@@ -84,16 +84,5 @@ def _metadata(trained: Trained, selector: str, shapes: dict[str, str]) -> dict[s
         "frames": str(trained.frames),
         "qsm_lightning": checkpoints.versions().get("qsm-lightning", "unknown"),
         **shapes,
-        "action": f"[batch, {trained.module.hparams['action_dim']}] in [-1, 1]; {_meaning(trained)}",
+        "action": f"[batch, {width}] in [-1, 1]; {meaning}",
     }
-
-
-def _meaning(trained: Trained) -> str:
-    """What the environment makes of the output."""
-    loss = trained.module.loss
-    if isinstance(loss, CQSMLoss):
-        return (
-            f"a velocity: the action, which is the end of the observation, goes to clip(action + {loss.max_speed:g} "
-            f"output dt, -1, 1), and the environment's is {SCALING}"
-        )
-    return f"the environment's is {SCALING}"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qsm_lightning import durable
-from qsm_lightning.commands.base import Parser, run_command
+from qsm_lightning.commands.base import Parser, run_command, write_results
 from qsm_lightning.errors import SettingError, require
-from qsm_lightning.modes_picture import png
+from qsm_lightning.figures import png
 from qsm_lightning.theory.gridworld import MAP, Gridworld, Round, entropy, policy_iteration, reaches_goal, read_map
 from qsm_lightning.theory.gridworld_picture import draw_gridworld
 
@@ -63,10 +63,7 @@ def run(args: list[str] | None = None) -> None:
         "gridworld.json": (json.dumps({**settings, "alphas": records}, indent=1) + "\n").encode(),
         "gridworld.png": png(draw_gridworld(world, found, options.soft)),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        durable.write_file(folder / name, content)
-    print(f"{_table(world, records)}\n{', '.join(str(folder / name) for name in files)}")
+    write_results(folder, _table(world, records), files)
 
 
 def _read(name: str) -> str:

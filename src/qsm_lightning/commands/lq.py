@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qsm_lightning import durable
-from qsm_lightning.commands.base import Parser, run_command
+from qsm_lightning.commands.base import Parser, run_command, write_results
 from qsm_lightning.errors import require, require_package
-from qsm_lightning.modes_picture import png
+from qsm_lightning.figures import png
 
 if TYPE_CHECKING:
     from qsm_lightning.theory.time_steps import Point
@@ -81,10 +81,7 @@ def run(args: list[str] | None = None) -> None:
         "lq.json": (json.dumps(settings, indent=1) + "\n").encode(),
         "lq.png": png(draw_time_steps(points, options.set_at)),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        durable.write_file(folder / name, content)
-    print(f"{_table(points, bool(options.updates))}\n{', '.join(str(folder / name) for name in files)}")
+    write_results(folder, _table(points, bool(options.updates)), files)
 
 
 def _tell(point: Point) -> None:

@@ -13,12 +13,13 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from qsm_lightning import durable
-from qsm_lightning.commands.base import Parser, run_command
+from qsm_lightning.commands.base import Parser, run_command, write_results
 from qsm_lightning.commands.trained import Trained, add_checkpoint, load
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require, require_package
+from qsm_lightning.figures import png
 from qsm_lightning.modes import Modes, Sampled, find_modes, spread
-from qsm_lightning.modes_picture import draw_modes, png
+from qsm_lightning.modes_picture import draw_modes
 from qsm_lightning.seeding import Purpose, derive_seed
 
 
@@ -81,10 +82,7 @@ def run(args: list[str] | None = None) -> None:
         "modes.md": _table(options, names, runs, found),
         "modes.png": png(draw_modes(names, found, options.projection, options.seed)),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        durable.write_file(folder / name, content)
-    print(f"{files['modes.md'].decode()}\n{', '.join(str(folder / name) for name in files)}")
+    write_results(folder, files["modes.md"].decode(), files)
 
 
 # The actions.

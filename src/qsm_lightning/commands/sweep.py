@@ -178,11 +178,12 @@ def variants_of(vary: list[str], variants: list[str]) -> dict[str, list[str]]:
         short = key.rpartition(".")[2]
         choices.append([(f"{short}={value}", [f"--{key}={value}"]) for value in listed])
     names: dict[str, list[str]] = {}
+    here = len(choices) - len(vary)  # variants are one choice, the first
     for combination in itertools.product(*choices):
         name = ",".join(name for name, _ in combination).replace("/", "-")
         require(name not in names, f"two variants have the name {name!r}: give each value once")
-        first = len(variants) > 0  # a variant is set on top of what is varied, which may be the task
-        names[name] = [option for _, options in (*combination[first:], *combination[:first]) for option in options]
+        on_top, varied = combination[:here], combination[here:]  # what is varied may be the task
+        names[name] = [option for _, options in (*varied, *on_top) for option in options]
     return names
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torchrl.envs import EnvBase
 from torchrl.objectives import LossModule
 
+from qsm_lightning.errors import require
+
 Metrics = dict[str, Tensor]
 
 
@@ -32,7 +34,8 @@ class OffPolicyLoss(LossModule):
     one optimizer per term. Networks, targets and the maths are the loss's own; how often and with what they are
     stepped is not. ``every`` says of terms, and of ``targets``, at which updates they are stepped where that is not
     all of them: at every second, say. ``learning_rates`` are of terms that have one of their own, which is constant.
-    ``selectors`` are the kinds of :meth:`evaluation_policy` that there are. With a ``window`` of more than 1, each
+    ``selectors`` are the kinds of :meth:`evaluation_policy` that there are, and ``output`` says what they give where
+    that is not the action. With a ``window`` of more than 1, each
     entry of a replay batch is that many consecutive frames (:meth:`~qsm_lightning.replay.FrameBuffer.sample_windows`).
 
     A class may say of itself, not for its subclasses, that it is ``compilable``: that ``x_loss`` and
@@ -54,6 +57,7 @@ class OffPolicyLoss(LossModule):
     every: Mapping[str, int] = {}
     learning_rates: Mapping[str, float] = {}
     selectors: tuple[str, ...] = ("sample", "best_of_n")
+    output: str = ""
     compilable = False
 
     @property
@@ -94,7 +98,7 @@ class OffPolicyLoss(LossModule):
     def term_modules(self, term: str) -> list[nn.Module]:
         """The modules whose parameters ``term`` trains."""
 
-    def check_env(self, env: EnvBase) -> None:  # most have none
+    def check_env(self, env: EnvBase) -> None:
         """Raise :class:`SettingError` when the environment lacks something that this algorithm needs of it."""
 
     @abstractmethod
@@ -112,6 +116,16 @@ class OffPolicyLoss(LossModule):
     def stochastic_policy(self) -> TensorDictModuleBase:
         """The learned distribution: a draw for every action, and no noise that is added to explore."""
         return self.evaluation_policy()
+
+
+def check_gamma(gamma: float) -> None:
+    """Raise :class:`SettingError` unless ``gamma`` is a discount per step."""
+    require(0 <= gamma <= 1, f"gamma is {gamma}: it must be between 0 and 1")
+
+
+def check_tau(tau: float) -> None:
+    """Raise :class:`SettingError` unless ``tau`` is a Polyak rate."""
+    require(0 < tau <= 1, f"tau is {tau}: it must be above 0 and at most 1")
 
 
 @torch.no_grad()

@@ -25,14 +25,13 @@ from torchrl.envs import EnvBase
 
 from qsm_lightning.continuous import TIME_STEP, moved, moving_action
 from qsm_lightning.distributed import batch_mean
-from qsm_lightning.errors import require, require_positive
-from qsm_lightning.losses.base import Metrics, OffPolicyLoss, polyak_update
+from qsm_lightning.errors import require, require_not_negative, require_positive
+from qsm_lightning.losses.base import Metrics, OffPolicyLoss, check_tau, polyak_update
 from qsm_lightning.losses.diffusion import check_hidden
 from qsm_lightning.losses.qsm import QSM
 from qsm_lightning.networks import MLP, Critics, mish
 from qsm_lightning.policy import Policy
 from qsm_lightning.precision import full_precision
-from qsm_lightning.schedule import ScheduleName
 
 
 class CQSMLoss(OffPolicyLoss):
@@ -82,10 +81,9 @@ class CQSMLoss(OffPolicyLoss):
     ) -> None:
         super().__init__()
         require_positive(regularization=regularization, window=window, trace_rate=trace_rate)
-        require(discount_rate >= 0, f"discount_rate is {discount_rate}: it must not be negative")
-        require(0 < tau <= 1, f"tau is {tau}: it must be above 0 and at most 1")
-        require(max_speed is None or max_speed > 0, f"max_speed is {max_speed}: it must be greater than 0")
-        require(sigma >= 0, f"sigma is {sigma}: it must not be negative")
+        require_not_negative(discount_rate=discount_rate, sigma=sigma)
+        require_positive(max_speed=1 if max_speed is None else max_speed)
+        check_tau(tau)
         require(
             evaluation in ("orthogonality", "trace", "martingale"),
             f"evaluation is {evaluation!r}: choose orthogonality, trace or martingale",
@@ -117,8 +115,12 @@ class CQSMLoss(OffPolicyLoss):
 
     def velocity_then(self, frames: TensorDictBase) -> Tensor:
         """Psi [..., A] with which the action was moved when the frames were collected."""
-        u = frames[self.tensor_keys.action]
-        return u if self.max_speed is None else self.max_speed * u
+        return self.unit * frames[self.tensor_keys.action]
+
+    @property
+    def unit(self) -> float:
+        """The velocity that the score's output 1 is."""
+        return 1.0 if self.max_speed is None else self.max_speed
 
     def running(self, frames: TensorDictBase, velocity: Tensor) -> Tensor:
         r"""(r - lambda / 2 \|Psi\|^2) dt [...]; the reward of a frame is r dt already."""
@@ -174,11 +176,11 @@ class CQSMLoss(OffPolicyLoss):
         z = tensordict[self._z]
         y = self.target(z, tensordict)  # [B]
         q = self.critics(*self.split(self._first(z))).to(y)  # [ensemble, B]
+        error = (q - y).square()
         if self.evaluation == "martingale":
             time_step = self._first(tensordict["next", TIME_STEP]).squeeze(-1)
-            loss = (batch_share(time_step) * (q - y).square()).mean(1).sum()
-        else:
-            loss = (q - y).square().mean(1).sum()
+            error = error * time_step / batch_mean(time_step)
+        loss = error.mean(1).sum()
         q = q.detach()
         return loss, {"q_mean": q.mean(), "q_std": q.std(), "target_mean": y.mean()}
 
@@ -201,7 +203,7 @@ class CQSMLoss(OffPolicyLoss):
         z = self._first(tensordict[self._z])
         best = self.best_velocity(z)
         u = self.score(z).to(best)
-        loss = (u - (best if self.max_speed is None else best / self.max_speed)).square().mean()
+        loss = (u - best / self.unit).square().mean()
         return loss, {"speed": best.norm(dim=-1).mean()}
 
     # What the trainer asks for.
@@ -220,6 +222,14 @@ class CQSMLoss(OffPolicyLoss):
 
     def term_modules(self, term: str) -> list[nn.Module]:
         return [self.critics] if term == "qvalue" else [self.score]
+
+    @property
+    def output(self) -> str:  # type: ignore[override]
+        """In what is exported."""
+        return (
+            f"a velocity: the action, which is the end of the observation, goes to clip(action + {self.unit:g} output "
+            "dt, -1, 1), and "
+        )
 
     def update_targets(self) -> None:
         """Qbar_i <- (1 - tau) Qbar_i + tau Q_i."""
@@ -291,11 +301,6 @@ def _products_before(factors: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(factors[:, :1]), factors[:, :-1]], 1).cumprod(1)
 
 
-def batch_share(time_step: Tensor) -> Tensor:
-    """Each frame's time step over the batch's mean, [B]."""
-    return time_step / batch_mean(time_step)
-
-
 def check_timed(env: EnvBase) -> None:
     """Raise :class:`SettingError` unless an environment's frames carry their time step."""
     require(
@@ -348,13 +353,9 @@ class CQSMDiffusion(QSM):
     Args:
         observation_dim: O, width of the observation; known from the environment.
         action_dim: A, width of the action; known from the environment.
-        hidden: widths of the hidden layers of denoiser and critics.
-        time_dim: number of Fourier features of the time index, even.
-        schedule: noise schedule: vp, cosine or linear.
-        T: number of denoising steps, at least 1.
         regularization: lambda, 1 / M_q.
         discount_rate: beta, per second.
-        **settings: the settings of :class:`QSMLoss`, but for m_q and gamma.
+        **settings: the settings of :class:`QSM`, but for m_q and gamma.
 
     Raises:
         SettingError: for a value outside its range, or an environment that does not tell its time steps.
@@ -366,18 +367,14 @@ class CQSMDiffusion(QSM):
         self,
         observation_dim: int,
         action_dim: int,
-        hidden: Sequence[int] = (512, 512),
-        time_dim: int = 64,
-        schedule: ScheduleName = "vp",
-        T: int = 5,
+        *,
         regularization: float = 0.02,
         discount_rate: float = 0.2,
         **settings: Any,
     ) -> None:
         require_positive(regularization=regularization)
-        require(discount_rate >= 0, f"discount_rate is {discount_rate}: it must not be negative")
-        sizes = (observation_dim, action_dim, hidden, time_dim, schedule, T)
-        super().__init__(*sizes, m_q=1 / regularization, gamma=1.0, **settings)
+        require_not_negative(discount_rate=discount_rate)
+        super().__init__(observation_dim, action_dim, m_q=1 / regularization, gamma=1.0, **settings)
         self.discount_rate = discount_rate
 
     @property

@@ -13,8 +13,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from qsm_lightning.errors import require
-from qsm_lightning.losses.base import Metrics, OffPolicyLoss, polyak_update
+from qsm_lightning.errors import require, require_not_negative
+from qsm_lightning.losses.base import Metrics, OffPolicyLoss, check_gamma, check_tau, polyak_update
 from qsm_lightning.networks import Critics, Denoiser
 from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, Policy, add_action_noise
 from qsm_lightning.precision import full_precision
@@ -58,11 +58,10 @@ class DiffusionLoss(OffPolicyLoss):
         action_noise: float = 0.1,
     ) -> None:
         super().__init__()
-        require(0 <= gamma <= 1, f"gamma is {gamma}: it must be between 0 and 1")
-        require(0 < tau <= 1, f"tau is {tau}: it must be above 0 and at most 1")
+        check_gamma(gamma)
+        check_tau(tau)
         require(q_grad in ("mean", "min_q", "target_mean"), f"q_grad is {q_grad!r}: choose mean, min_q or target_mean")
-        require(temperature >= 0, f"temperature is {temperature}: it must not be negative")
-        require(action_noise >= 0, f"action_noise is {action_noise}: it must not be negative")
+        require_not_negative(temperature=temperature, action_noise=action_noise)
         self.denoiser = denoiser
         self.critics = critics
         self.target_critics = deepcopy(critics).requires_grad_(False)

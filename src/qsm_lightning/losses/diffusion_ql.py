@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from qsm_lightning.distributed import batch_mean
-from qsm_lightning.errors import require
+from qsm_lightning.errors import require, require_not_negative
 from qsm_lightning.losses.base import Metrics, polyak_update
 from qsm_lightning.losses.diffusion import DiffusionLoss, climb, networks
 from qsm_lightning.networks import eps_given
@@ -58,7 +58,7 @@ class DiffusionQL(DiffusionLoss):
         max_q_backup: int = 1,
         **settings: Any,
     ) -> None:
-        require(eta >= 0, f"eta is {eta}: it must not be negative")
+        require_not_negative(eta=eta)
         require(max_q_backup >= 1, f"max_q_backup is {max_q_backup}: it must be at least 1")
         denoiser, critics, noise_schedule = networks(observation_dim, action_dim, hidden, time_dim, schedule, T)
         super().__init__(denoiser, critics, noise_schedule, **settings)

@@ -16,7 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from qsm_lightning.distributed import batch_mean
-from qsm_lightning.errors import require, require_positive
+from qsm_lightning.errors import require, require_not_negative, require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.diffusion import DiffusionLoss, networks
 from qsm_lightning.networks import Denoiser, eps_given
@@ -82,7 +82,7 @@ class QSMLoss(DiffusionLoss):
         require_positive(batch_temperature=batch_temperature, m_q_lr=m_q_lr)
         require(-1 < m_q_slope < 1, f"m_q_slope is {m_q_slope}: it must be between -1 and 1")
         require(score_at in ("noisy", "clean"), f"score_at is {score_at!r}: choose noisy or clean")
-        require(bc_coef >= 0, f"bc_coef is {bc_coef}: it must not be negative")
+        require_not_negative(bc_coef=bc_coef)
         self.m_q = m_q
         self.score_at = score_at
         self.bc_coef = bc_coef

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchrl.modules import ValueOperator
 from torchrl.objectives import TD3Loss
 
-from qsm_lightning.errors import require, require_positive
+from qsm_lightning.errors import require_not_negative, require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.wrapped import WrappedLoss
 from qsm_lightning.networks import MLP
@@ -54,9 +54,7 @@ class TD3(WrappedLoss):
         action_noise: float = 0.1,
     ) -> None:
         require_positive(policy_delay=policy_delay)
-        require(policy_noise >= 0, f"policy_noise is {policy_noise}: it must not be negative")
-        require(noise_clip >= 0, f"noise_clip is {noise_clip}: it must not be negative")
-        require(action_noise >= 0, f"action_noise is {action_noise}: it must not be negative")
+        require_not_negative(policy_noise=policy_noise, noise_clip=noise_clip, action_noise=action_noise)
         super().__init__(
             observation_dim, action_dim, hidden, gamma, tau, policy_noise=policy_noise, noise_clip=noise_clip
         )

@@ -15,8 +15,7 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import LossModule, ValueEstimators
 
-from qsm_lightning.errors import require
-from qsm_lightning.losses.base import OffPolicyLoss
+from qsm_lightning.losses.base import OffPolicyLoss, check_gamma, check_tau
 from qsm_lightning.losses.diffusion import check_hidden
 from qsm_lightning.networks import MLP
 from qsm_lightning.policy import Policy
@@ -57,8 +56,8 @@ class WrappedLoss(OffPolicyLoss):
     ) -> None:
         super().__init__()
         check_hidden(hidden)
-        require(0 <= gamma <= 1, f"gamma is {gamma}: it must be between 0 and 1")
-        require(0 < tau <= 1, f"tau is {tau}: it must be above 0 and at most 1")
+        check_gamma(gamma)
+        check_tau(tau)
         actor = self.make_actor(observation_dim, action_dim, hidden)
         self._empty_actor = [deepcopy(actor)]  # in a list: its weights are not this loss's
         critics = [

@@ -8,9 +8,8 @@ import html
 import io
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from qsm_lightning import durable
+from qsm_lightning.figures import png
 from qsm_lightning.report import pictures
 from qsm_lightning.report.results import Comparison, Result
 from qsm_lightning.report.summary import Row, Summary
@@ -63,12 +62,6 @@ def evaluations_csv(comparison: Comparison) -> str:
                 points = zip(result.frames.astype(int), result.returns, strict=True)
                 writer.writerows([env, name, result.seed, frame, value] for frame, value in points)
     return text.getvalue()
-
-
-def _png(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI)
-    return file.getvalue()
 
 
 def _html_table(head: list[str], rows: list[list[str]], numbers: int) -> str:
@@ -139,7 +132,7 @@ def write(out: Path, comparison: Comparison, summary: Summary, selector: str, no
         figures |= {"aggregate": pictures.aggregate(summary), "profiles": pictures.profiles(summary)}
     if len(summary.labels) > 1:
         figures["improvement"] = pictures.improvements(summary)
-    images = {name: _png(figure) for name, figure in figures.items()}
+    images = {name: png(figure, DPI) for name, figure in figures.items()}
     content = {
         "index.html": page(comparison, summary, images, selector, notes).encode(),
         "table.md": markdown(summary).encode(),

@@ -67,8 +67,8 @@ class Learned:
     loss: CQSMLoss
 
     def errors(self, problem: LinearQuadratic, exact: Solution, points: int = 20_000) -> Errors:
-        """Against ``exact``, at points drawn from where its score leaves z in the long run."""
-        covariance = problem.stationary(problem.optimal().K)
+        """Against ``exact``, at points drawn from where the best score leaves z in the long run."""
+        covariance = _long_run(problem)
         z = np.random.default_rng(0).multivariate_normal(np.zeros(len(covariance)), covariance, points)
         with torch.no_grad():
             at = torch.from_numpy(z)
@@ -76,11 +76,20 @@ class Learned:
             score = self.loss.velocity(at).numpy()
         P = getattr(self.loss.critics, "P", None)
         return Errors(
-            float("nan") if P is None else float(np.abs(P.detach().numpy() - exact.P).max() / np.abs(exact.P).max()),
+            float("nan") if P is None else _largest(P.detach().numpy() - exact.P, exact.P),
             _relative(q, exact.value(z)),
             _relative(score, exact.score(z)),
             float(q.mean() / exact.value(z).mean()),
         )
+
+
+def _long_run(problem: LinearQuadratic) -> Array:
+    """The covariance [n+m, n+m] that the best score leaves z with."""
+    return problem.stationary(problem.optimal().K)
+
+
+def _largest(difference: Array, exact: Array) -> float:
+    return float(np.abs(difference).max() / np.abs(exact).max())
 
 
 def _relative(found: Array, exact: Array) -> float:
@@ -89,12 +98,12 @@ def _relative(found: Array, exact: Array) -> float:
 
 def errors_of(problem: LinearQuadratic, found: Solution, exact: Solution) -> Errors:
     """The errors of one closed form against another, without drawing points."""
-    S = problem.stationary(problem.optimal().K)
+    S = _long_run(problem)
     difference, whole = _q_square(found.P - exact.P, found.c - exact.c, S), _q_square(exact.P, exact.c, S)
     score = [float(np.trace(K @ S @ K.T)) for K in (found.K - exact.K, exact.K)]
     mean = [solution.c - 0.5 * float(np.trace(solution.P @ S)) for solution in (found, exact)]
     return Errors(
-        float(np.abs(found.P - exact.P).max() / np.abs(exact.P).max()),
+        _largest(found.P - exact.P, exact.P),
         math.sqrt(difference / whole),
         math.sqrt(score[0] / score[1]),
         mean[0] / mean[1],
@@ -122,8 +131,8 @@ def learn(
 
     The loss is told of the problem by frames: z, Psi, what it was paid, dt and the next z. They begin where the best
     score leaves z in the long run. Each z is left twice, as a simulator can, with opposite noise, which takes away most
-    of the variance of a temporal difference and leaves its mean. The
-    quadratic critic has a linear score beside it, the MLP another MLP. Torch's global generators are left as they were.
+    of the variance of a temporal difference and leaves its mean. The quadratic critic has a linear score beside it, the
+    MLP another MLP. Torch's global generators are left as they were.
 
     Args:
         problem: simulated in steps of ``dt``.
@@ -144,7 +153,8 @@ def learn(
             for term in loss.terms
         ]
         schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates) for optimizer in optimizers]
-        average = torch.optim.swa_utils.AveragedModel(nn.ModuleList([loss.critics, loss.score]))
+        learned = nn.ModuleList([loss.critics, loss.score])
+        average = torch.optim.swa_utils.AveragedModel(learned)
         for update in range(updates):
             batch = frames.step(loss)
             for term, optimizer in zip(loss.terms, optimizers, strict=True):
@@ -155,8 +165,8 @@ def learn(
             for schedule in schedules:
                 schedule.step()
             if update >= int((1 - AVERAGED) * updates):
-                average.update_parameters(nn.ModuleList([loss.critics, loss.score]))
-        nn.ModuleList([loss.critics, loss.score]).load_state_dict(average.module.state_dict())
+                average.update_parameters(learned)
+        learned.load_state_dict(average.module.state_dict())
     return Learned(loss)
 
 
@@ -177,8 +187,7 @@ class _Paths:
         tensors = (problem.F, problem.Sigma, problem.M, problem.G)
         self.F, self.Sigma, self.M, self.G = (torch.from_numpy(matrix) for matrix in tensors)
         self.dt, self.count = dt, count
-        covariance = problem.stationary(problem.optimal().K)
-        self.root = torch.from_numpy(np.linalg.cholesky(covariance))
+        self.root = torch.from_numpy(np.linalg.cholesky(_long_run(problem)))
         self.z = self._starts()
 
     def _starts(self) -> Tensor:

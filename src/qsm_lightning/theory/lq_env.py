@@ -10,7 +10,7 @@ import numpy as np
 
 from qsm_lightning.errors import require_package
 
-TIME_STEP = 0.05
+USUAL_STEP = 0.05  # seconds
 EPISODE_SECONDS = 10.0
 LARGEST_ACTION = 2.0  # six deviations of the best action
 
@@ -30,7 +30,7 @@ class ScalarLinearQuadratic(gym.Env):
     def __init__(self) -> None:
         require_package("scipy", "theory", "data.env is LinearQuadratic-v0")
         problem = importlib.import_module("qsm_lightning.theory.lq").scalar()
-        self.dt = TIME_STEP
+        self.dt = USUAL_STEP
         self.x = 0.0
         self._drift = np.array([problem.A.item(), problem.B.item()])
         self._noise = problem.C.item()
@@ -48,7 +48,7 @@ class ScalarLinearQuadratic(gym.Env):
         z = np.array([self.x, LARGEST_ACTION * float(action[0])])
         noise = self._noise * np.sqrt(self.dt) * self.np_random.standard_normal()
         self.x = float(self.x + self._drift @ z * self.dt + noise)
-        return self._observation(), float(-0.5 * z @ self._M @ z) * TIME_STEP, False, False, {}
+        return self._observation(), float(-0.5 * z @ self._M @ z) * USUAL_STEP, False, False, {}
 
     def terminal_reward(self) -> float:
         """h = -x^2 / 2, for a finite horizon."""
@@ -61,5 +61,5 @@ class ScalarLinearQuadratic(gym.Env):
 gym.register(
     "qsm_lightning/LinearQuadratic-v0",
     f"{__name__}:ScalarLinearQuadratic",
-    max_episode_steps=round(EPISODE_SECONDS / TIME_STEP),
+    max_episode_steps=round(EPISODE_SECONDS / USUAL_STEP),
 )
