@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -93,6 +94,21 @@ def test_dm_control_observations_are_the_sorted_parts_and_truncate() -> None:
     assert len(steps) == 1000
     assert steps["next", "truncated"][-1]
     assert not steps["next", "terminated"].any()
+
+
+@needs_dmc
+@pytest.mark.parametrize("num_envs", [1, 2])
+@pytest.mark.parametrize("name", ["manipulator/bring_ball", "stacker/stack_2"])
+def test_dm_control_observations_with_rows_are_flattened(name: str, num_envs: int) -> None:
+    env = make_env(f"dmc:{name}", num_envs)
+    env.set_seed(0)
+    observation = env.reset()["observation"].reshape(num_envs, -1)
+    control = (env.base_env._envs[-1] if num_envs > 1 else env.base_env)._env
+    parts = control.task.get_observation(control.physics)
+    assert any(part.ndim > 1 for part in parts.values())
+    expected = np.concatenate([np.ravel(parts[key]) for key in sorted(parts)])
+    np.testing.assert_allclose(observation[-1].numpy(), expected, rtol=1e-6)
+    assert env.rollout(3)["next", "observation"].shape[-1] == len(expected)
 
 
 @needs_envpool

@@ -27,6 +27,7 @@ from torchrl.envs import (
     DMControlEnv,
     DoubleToFloat,
     EnvBase,
+    FlattenObservation,
     GymWrapper,
     RewardSum,
     SerialEnv,
@@ -116,6 +117,8 @@ def _transforms(env: EnvBase, time: ContinuousTime | None) -> list[Transform]:
         keys = [
             key for key in env.observation_spec.keys(True, True) if key not in ("pixels", TIME_STEP, TERMINAL_REWARD)
         ]
+        if grids := [key for key in keys if env.observation_spec[key].ndim > 1]:
+            transforms.append(FlattenObservation(-2, -1, grids))
         transforms += [
             CatTensors(sorted(keys), "observation"),
             DoubleToFloat(in_keys=["observation", "reward"], in_keys_inv=["action"]),
