@@ -48,9 +48,15 @@ class Run:
     """A running ``qsm-fit`` in ``folder``; what it prints is in :attr:`text`."""
 
     def __init__(
-        self, folder: Path, *args: object, name: str = "qsm-fit", rank: int = 0, env: dict[str, str] | None = None
+        self,
+        folder: Path,
+        *args: object,
+        name: str = "qsm-fit",
+        rank: int = 0,
+        env: dict[str, str] | None = None,
+        log: Path | None = None,
     ) -> None:
-        self.log = folder / f"log-{time.monotonic_ns()}.txt"
+        self.log = log or folder / f"log-{time.monotonic_ns()}.txt"
         self.log.touch()
         words = [str(arg) for arg in args]
         self.process = CONTEXT.Process(target=_main, args=(name, words, folder, self.log, rank, env or {}))

@@ -26,6 +26,7 @@ CASES = {
     "unknown key": ([*PENDULUM, "--data.total_framez", "3"], "data.total_framez .* did you mean data.total_frames"),
     "unknown group": ([*PENDULUM, "--dat.env", "x"], "dat.env .* did you mean data.env"),
     "unknown loss key": ([*PENDULUM, "--model.loss.m_z", "3"], "model.loss.m_z .* did you mean model.loss.m_q"),
+    "another loss's key": ([*PENDULUM, "--model.loss", "td3", "--model.loss.m_q", "3"], "m_q is not .* leave it out"),
     "unknown key in file": (["--config", "unknown.yaml"], "data.envv .* did you mean data.env"),
     "unknown loss key in file": (["--config", "nested.yaml"], "model.loss.m_z .* did you mean model.loss.m_q"),
     "unknown word": ([*PENDULUM, "hopper"], "hopper is not a setting"),
@@ -101,15 +102,15 @@ def check_refused(command: Command, tmp_path: Path, name: str, args: list[str], 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_qsm_fit_refuses(case: str, command: Command, tmp_path: Path) -> None:
+def test_qsm_fit_refuses(case: str, quick_command: Command, tmp_path: Path) -> None:
     for name, content in FILES.items():
         (tmp_path / name).write_text(content)
-    check_refused(command, tmp_path, "qsm-fit", *CASES[case])
+    check_refused(quick_command, tmp_path, "qsm-fit", *CASES[case])
 
 
-def test_a_folder_named_like_a_configuration_does_not_hide_it(command: Command, tmp_path: Path) -> None:
+def test_a_folder_named_like_a_configuration_does_not_hide_it(quick_command: Command, tmp_path: Path) -> None:
     (tmp_path / "pendulum").mkdir()
-    assert "Pendulum-v1" in command("qsm-fit", *PENDULUM, "--print_config").stdout
+    assert "Pendulum-v1" in quick_command("qsm-fit", *PENDULUM, "--print_config").stdout
 
 
 def test_what_lightning_refuses_at_the_start_of_training(command: Command) -> None:
@@ -126,10 +127,10 @@ def test_a_gpu_that_is_not_there(command: Command, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "16"])
-def test_loss_scaling_on_a_cpu(precision: str, command: Command, tmp_path: Path) -> None:
+def test_loss_scaling_on_a_cpu(precision: str, quick_command: Command, tmp_path: Path) -> None:
     args = [*PENDULUM, "--trainer.accelerator=cpu", f"--trainer.precision={precision}"]
     check_refused(
-        command, tmp_path, "qsm-fit", args, f"trainer.precision is '?{precision}.*GPU: use bf16-mixed on a CPU"
+        quick_command, tmp_path, "qsm-fit", args, f"trainer.precision is '?{precision}.*GPU: use bf16-mixed on a CPU"
     )
 
 
@@ -147,23 +148,23 @@ def test_loss_scaling_on_a_cpu(precision: str, command: Command, tmp_path: Path)
         ([], "RUN_OR_CHECKPOINT"),
     ],
 )
-def test_qsm_eval_refuses(args: list[str], pattern: str, command: Command, tmp_path: Path) -> None:
+def test_qsm_eval_refuses(args: list[str], pattern: str, quick_command: Command, tmp_path: Path) -> None:
     (tmp_path / "not_a.ckpt").write_text("this is text")
     torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
-    check_refused(command, tmp_path, "qsm-eval", args, pattern)
+    check_refused(quick_command, tmp_path, "qsm-eval", args, pattern)
 
 
-def test_a_checkpoint_of_another_environment(command: Command, tmp_path: Path) -> None:
-    done = command("qsm-fit", *PENDULUM, *SHRINK, "--data.eval_selector=sample")
+def test_a_checkpoint_of_another_environment(quick_command: Command, tmp_path: Path) -> None:
+    done = quick_command("qsm-fit", *PENDULUM, *SHRINK, "--data.eval_selector=sample")
     assert done.returncode == 0, done.stderr
     checkpoint = next(tmp_path.glob("runs/*/*/checkpoints/0*"))
     before = snapshot(tmp_path)
-    result = command("qsm-fit", "--config", "hopper", *SHRINK, "--ckpt_path", checkpoint)
+    result = quick_command("qsm-fit", "--config", "hopper", *SHRINK, "--ckpt_path", checkpoint)
     assert result.returncode == 2
     assert "data.env ('Pendulum-v1' there, 'Hopper-v5' here)" in result.stderr
     assert "model.loss.m_q (1" in result.stderr
     assert "Traceback" not in result.stderr
-    again = command("qsm-fit", *PENDULUM, *SHRINK, "--ckpt_path", checkpoint)
+    again = quick_command("qsm-fit", *PENDULUM, *SHRINK, "--ckpt_path", checkpoint)
     assert again.returncode == 2
     assert "already at 60 frames" in again.stderr
     assert snapshot(tmp_path) == before

@@ -103,8 +103,8 @@ def test_tensorboard_has_every_promised_curve(trained: tuple[Path, str]) -> None
     assert [event.step for event in events.Scalars("eval/return")] == [30, 60]
 
 
-def test_training_return_and_length_are_logged_when_episodes_end(command: Command, tmp_path: Path) -> None:
-    result = command("qsm-fit", *TINY, "--data.env=tests.fake_envs:Clock-v0")
+def test_training_return_and_length_are_logged_when_episodes_end(quick_command: Command, tmp_path: Path) -> None:
+    result = quick_command("qsm-fit", *TINY, "--data.env=tests.fake_envs:Clock-v0")
     assert result.returncode == 0, result.stderr
     with (run_folder(tmp_path) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["train/return"]]
@@ -112,16 +112,16 @@ def test_training_return_and_length_are_logged_when_episodes_end(command: Comman
     assert float(rows[-1]["train/episodes"]) == 12
 
 
-def test_qsm_eval_needs_nothing_repeated(trained: tuple[Path, str], command: Command) -> None:
+def test_qsm_eval_needs_nothing_repeated(trained: tuple[Path, str], quick_command: Command) -> None:
     run = run_folder(trained[0])
-    plain = command("qsm-eval", run, "--episodes", 3)
+    plain = quick_command("qsm-eval", run, "--episodes", 3)
     assert plain.returncode == 0, plain.stderr
     for key in ("mean", "std", "min", "max", "length"):
         assert re.search(rf"^{key}: -?\d+\.\d\d$", plain.stdout, re.M)
     best = checkpoints.best(run / "checkpoints")
     assert best is not None
     results = [
-        json.loads(command("qsm-eval", target, "--episodes", 3, "--json", *more).stdout)
+        json.loads(quick_command("qsm-eval", target, "--episodes", 3, "--json", *more).stdout)
         for target, more in (
             (run, []),
             (best.path, []),
@@ -147,38 +147,42 @@ def test_qsm_eval_records_a_video(trained: tuple[Path, str], command: Command, t
     assert (tmp_path / "out.gif").read_bytes().startswith(b"GIF8")
 
 
-def test_a_runs_configuration_repeats_it_bitwise(trained: tuple[Path, str], command: Command, tmp_path: Path) -> None:
+def test_a_runs_configuration_repeats_it_bitwise(
+    trained: tuple[Path, str], quick_command: Command, tmp_path: Path
+) -> None:
     run = run_folder(trained[0])
-    result = command("qsm-fit", "--config", run / "config.yaml")
+    result = quick_command("qsm-fit", "--config", run / "config.yaml")
     assert result.returncode == 0, result.stderr
     ours, theirs = weights(run), weights(run_folder(tmp_path))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    result = command("qsm-fit", "--config", run / "config.yaml", "--seed_everything", 6)
+    result = quick_command("qsm-fit", "--config", run / "config.yaml", "--seed_everything", 6)
     other = weights(run_folder(tmp_path, 1))
     assert not all(torch.equal(ours[key], other[key]) for key in ours)
 
 
 @pytest.mark.parametrize("env", ["Hopper-v5", pytest.param("dmc:cartpole/swingup", marks=needs_dmc)])
-def test_a_seed_decides_a_run_with_parallel_environments(env: str, command: Command, tmp_path: Path) -> None:
+def test_a_seed_decides_a_run_with_parallel_environments(env: str, quick_command: Command, tmp_path: Path) -> None:
     args = [*TINY, f"--data.env={env}", "--data.num_envs=2", "--data.eval_selector=sample", "--name=twice"]
     for _ in range(2):
-        assert command("qsm-fit", *args).returncode == 0
+        assert quick_command("qsm-fit", *args).returncode == 0
     first, second = (weights(tmp_path / "runs" / "twice" / f"version_{v}") for v in (0, 1))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_last_means_the_newest_run_of_that_name(trained: tuple[Path, str], command: Command, tmp_path: Path) -> None:
+def test_last_means_the_newest_run_of_that_name(
+    trained: tuple[Path, str], quick_command: Command, tmp_path: Path
+) -> None:
     """With a configuration of the user's own the newest run goes on; with a run's, that run."""
     shutil.copytree(trained[0] / "runs", tmp_path / "runs")
-    assert command("qsm-fit", *TINY, "--data.eval_every_frames=30", "--seed_everything=5").returncode == 0
+    assert quick_command("qsm-fit", *TINY, "--data.eval_every_frames=30", "--seed_everything=5").returncode == 0
     settings = [*TINY, "--data.eval_every_frames=30", "--seed_everything=5", "--data.total_frames=70"]
-    result = command("qsm-fit", *settings, "--ckpt_path", "last")
+    result = quick_command("qsm-fit", *settings, "--ckpt_path", "last")
     assert result.returncode == 0, result.stderr
     assert last(run_folder(tmp_path, 1)).order[0] == 70
     assert last(run_folder(tmp_path, 0)).order[0] == 60
     first = run_folder(tmp_path, 0) / "config.yaml"
-    result = command("qsm-fit", "--config", first, "--ckpt_path", "last", "--data.total_frames=80")
+    result = quick_command("qsm-fit", "--config", first, "--ckpt_path", "last", "--data.total_frames=80")
     assert result.returncode == 0, result.stderr
     assert last(run_folder(tmp_path, 0)).order[0] == 80
     assert not (tmp_path / "runs" / "Pendulum-v1" / "version_2").exists()
@@ -233,9 +237,9 @@ def test_a_signal_leaves_a_checkpoint(signum: signal.Signals, status: int, tmp_p
     ],
 )
 def test_a_fault_stops_training_and_names_the_last_good_checkpoint(
-    args: list[str], words: str, command: Command, tmp_path: Path
+    args: list[str], words: str, quick_command: Command, tmp_path: Path
 ) -> None:
-    result = command("qsm-fit", *TINY, "--data.eval_every_frames=42", *args)
+    result = quick_command("qsm-fit", *TINY, "--data.eval_every_frames=42", *args)
     assert result.returncode == 3, result.stderr
     sentence = result.stderr.strip().splitlines()[-1]
     assert words in sentence
@@ -314,9 +318,9 @@ def test_other_algorithms_learn_pendulum(loss: str, command: Command) -> None:
     assert float(re.search(r"best return: (-?[\d.]+)", result.stdout)[1]) > -300  # type: ignore[index]
 
 
-def test_an_evaluation_video_is_switched_on_from_the_command_line(command: Command, tmp_path: Path) -> None:
+def test_an_evaluation_video_is_switched_on_from_the_command_line(quick_command: Command, tmp_path: Path) -> None:
     video = "--trainer.callbacks+=qsm_lightning.callbacks.EvaluationVideo"
-    result = command("qsm-fit", *TINY, "--data.eval_every_frames=30", video, "--trainer.callbacks.max_frames=20")
+    result = quick_command("qsm-fit", *TINY, "--data.eval_every_frames=30", video, "--trainer.callbacks.max_frames=20")
     assert result.returncode == 0, result.stderr
     run = run_folder(tmp_path)
     assert sorted(path.name for path in (run / "videos").iterdir()) == ["000000030.gif", "000000060.gif"]
@@ -337,15 +341,21 @@ def test_an_evaluation_video_is_switched_on_from_the_command_line(command: Comma
         ["--trainer.default_root_dir=null"],
         ["--data.utd=0.01"],
         ["--data.storage=memmap", "--data.utd=0.5", "--data.num_envs=3", "--data.frames_per_batch=6"],
-        ["--trainer.accelerator=cpu", "--trainer.devices=2"],
     ],
     ids=" ".join,
 )
-def test_trainer_flags_that_change_what_is_written(extra: list[str], command: Command) -> None:
-    result = command("qsm-fit", *TINY, *extra)
+def test_trainer_flags_that_change_what_is_written(extra: list[str], quick_command: Command) -> None:
+    result = quick_command("qsm-fit", *TINY, *extra)
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
     assert "final return: " in result.stdout
+
+
+def test_two_processes_by_a_trainer_flag(command: Command) -> None:
+    result = command("qsm-fit", *TINY, "--trainer.accelerator=cpu", "--trainer.devices=2")
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout.count("final return: ") == 1
 
 
 def test_an_interrupted_evaluation_ends_with_its_checkpoint_and_a_second_ctrl_c_at_once(tmp_path: Path) -> None:
@@ -361,9 +371,9 @@ def test_an_interrupted_evaluation_ends_with_its_checkpoint_and_a_second_ctrl_c_
     assert "Traceback" not in err
 
 
-def test_a_mapped_buffers_folder_serves_one_run_after_another(command: Command, tmp_path: Path) -> None:
+def test_a_mapped_buffers_folder_serves_one_run_after_another(quick_command: Command, tmp_path: Path) -> None:
     for _ in range(2):
-        result = command("qsm-fit", *TINY, "--data.storage=memmap", "--data.storage_dir=frames")
+        result = quick_command("qsm-fit", *TINY, "--data.storage=memmap", "--data.storage_dir=frames")
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "frames").is_dir()
     assert not list((tmp_path / "frames").iterdir())
