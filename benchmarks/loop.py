@@ -172,7 +172,7 @@ def run_bare(options: argparse.Namespace, clock: Clock, port: bool = False) -> N
         policy = loss.exploration_policy()
         compile_acting(policy)
         act = policy.act
-        update = CompiledUpdate(loss, optimizers(loss), loss.update_targets)
+        update = CompiledUpdate(loss, optimizers(loss), lambda due: loss.update_targets())
     size = clock.end + 2 * options.num_envs
     store = [torch.empty(size, width) for width in (observation_dim, action_dim, 1)] + [
         torch.empty(size, 1, dtype=torch.bool)

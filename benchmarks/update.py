@@ -1,6 +1,7 @@
 """What a gradient update costs, against the matrix products in it and against a plain eager port.
 
-Usage: python -m benchmarks.update [--hidden 256 512] [--batch 256] [--T 5] [--observation 11] [--json FILE]
+Usage: python -m benchmarks.update [--hidden 256 512] [--batch 256] [--T 5] [--observation 11] [--others sac td3]
+                                     [--json FILE]
 
 An update is everything in it: TD target through the sampler, two critics, targets, denoiser, optimizers. In one
 process, taking turns:
@@ -10,7 +11,7 @@ port        the algorithm as one would write it down in eager PyTorch (benchmark
 eager       ours, as in a run with model.compile false
 compiled    ours, as in a run with model.compile true
 
-and one action for one observation, and for 64, by the last three.
+and one action for one observation, and for 64, by the last three. Updates of --others are measured without a port.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from benchmarks.eager_port import Port
 from benchmarks.machine import described, machine
 from benchmarks.report import first_calls, in_turn, markdown, quartiles, save, told
 from qsm_lightning.compiled import CompiledUpdate, compile_acting
-from qsm_lightning.losses import QSM, OffPolicyLoss
+from qsm_lightning.losses import ALGORITHMS, QSM, OffPolicyLoss
 
 ACTION = 3
 
@@ -108,7 +109,7 @@ def plain_update(loss: OffPolicyLoss, batch: TensorDictBase) -> Callable[[], Non
 
 def compiled_update(loss: OffPolicyLoss, batch: TensorDictBase) -> Callable[[], Any]:
     """The update of ``OffPolicyModule`` with compiling."""
-    update = CompiledUpdate(loss, optimizers(loss), loss.update_targets)
+    update = CompiledUpdate(loss, optimizers(loss), lambda due: loss.update_targets())
     return lambda: update(batch)
 
 
@@ -145,6 +146,41 @@ def measure(hidden: int, batch: int, T: int, observation: int, options: argparse
         seconds = in_turn(calls, options.rounds, 5 * options.calls)
         found[f"act_{n}_ms"] = {way: quartiles([1e3 * s for s in of_way]) for way, of_way in seconds.items()}
     return found
+
+
+def measure_other(name: str, hidden: int, batch: int, observation: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Another algorithm's update, in which every term is stepped: milliseconds of every call."""
+    frames = replay_batch(batch, observation)
+    losses = [ALGORITHMS[name](observation, ACTION, hidden=(hidden, hidden)) for _ in range(3)]
+    with Products() as products:
+        plain_update(losses[0], frames)()
+    ways: dict[str, Callable[[], Any]] = {
+        "floor": products.repeat(),
+        "eager": plain_update(losses[1], frames),
+        "compiled": compiled_update(losses[2], frames),
+    }
+    first = first_calls(ways)
+    seconds = in_turn(ways, options.rounds, options.calls)
+    return {
+        "setting": {"loss": name, "hidden": hidden, "batch": batch, "observation": observation},
+        "first_calls_s": first,
+        "update_ms": {way: quartiles([1e3 * s for s in of_way]) for way, of_way in seconds.items()},
+    }
+
+
+def others_table(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds of updates, and the ratio."""
+    head = [*rows[0]["setting"], "floor", "eager", "compiled", "compiled / eager", "first 10 calls, s"]
+    cells = [
+        [
+            *map(str, row["setting"].values()),
+            *(told(ms, 2) for ms in row["update_ms"].values()),
+            f"{row['update_ms']['compiled'][0] / row['update_ms']['eager'][0]:.2f}",
+            f"{row['first_calls_s']['compiled']:.0f}",
+        ]
+        for row in rows
+    ]
+    return f"ms per update: median (quartiles)\n\n{markdown(head, cells)}"
 
 
 def policy(way: str, losses: list[QSM], port: Port) -> Callable[[Tensor], Tensor]:
@@ -196,6 +232,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[256], help="frames per update (default: %(default)s)")
     parser.add_argument("--T", type=int, nargs="+", default=[5], help="denoising steps (default: %(default)s)")
     parser.add_argument("--observation", type=int, nargs="+", default=[11], help="its size (default: %(default)s)")
+    parser.add_argument(
+        "--others", nargs="*", default=["sac", "td3"], choices=ALGORITHMS, help="other algorithms (default: sac td3)"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="turns (default: %(default)s)")
     parser.add_argument("--calls", type=int, default=10, help="measured calls in a turn (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write all measurements to this file")
@@ -204,6 +243,12 @@ def main() -> None:
     for hidden, batch, T, observation in product(options.hidden, options.batch, options.T, options.observation):
         results["rows"].append(measure(hidden, batch, T, observation, options))
     print(f"{described(results['machine'])}\n\n{tables(results['rows'])}")
+    results["others"] = [
+        measure_other(*setting, options)
+        for setting in product(options.others, options.hidden, options.batch, options.observation)
+    ]
+    if results["others"]:
+        print(f"\n{others_table(results['others'])}")
     save(options.json, results)
 
 

@@ -20,8 +20,8 @@ from qsm_lightning import compiled
 from qsm_lightning.compiled import WORTHWHILE_UPDATES, compile_acting
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
-from qsm_lightning.losses import QSM, SDAC, DiffusionLoss, DiffusionQL
-from qsm_lightning.losses.base import Metrics
+from qsm_lightning.losses import QSM, SAC, SDAC, TD3, DiffusionQL
+from qsm_lightning.losses.base import Metrics, OffPolicyLoss
 from qsm_lightning.module import OffPolicyModule
 from tests.compare import state
 from tests.helpers import SHRINK, needs_compiler, replay_batch
@@ -40,14 +40,15 @@ class LastMetrics(Callback):
 def run(
     folder: Path,
     compile: bool | str,
-    loss: Callable[..., DiffusionLoss] = QSM,
+    loss: Callable[..., OffPolicyLoss] = QSM,
+    sizes: dict[str, Any] = SMALL,
     updates: int = 40,
     precision: Any = "32-true",
     **settings: Any,
 ) -> tuple[dict[str, Tensor], Trainer]:
     """Train; returns every tensor that updates change, and the trainer."""
     torch.manual_seed(0)
-    module = OffPolicyModule(3, 1, partial(loss, **SMALL), compile=compile, ema=0.9)  # type: ignore[arg-type]
+    module = OffPolicyModule(3, 1, partial(loss, **sizes), compile=compile, ema=0.9)  # type: ignore[arg-type]
     module.set_gradient_clipping(**settings)
     data = OffPolicyDataModule("Pendulum-v1", 1, 1, 20 + updates, 20, 8, eval_every_frames=60, eval_episodes=1)
     last = LastMetrics()
@@ -70,19 +71,24 @@ def run(
         {"precision": "64-true", "value": None, "loss": DiffusionQL},
         {"precision": "64-true", "value": None, "loss": SDAC},
         {"precision": "64-true", "value": 0.5, "loss": partial(QSM, m_q="auto")},
+        {"value": None, "loss": SAC, "sizes": {"hidden": (16, 16)}},
+        {"precision": "64-true", "value": 0.5, "loss": TD3, "sizes": {"hidden": (16, 16), "policy_delay": 3}},
     ],
-    ids=["one update in float32", "clipped by norm", "clipped by value", "Diffusion-QL", "SDAC", "m_q auto"],
+    ids=["one update in float32", "clipped by norm", "clipped by value", "Diffusion-QL", "SDAC", "m_q auto"]
+    + ["SAC", "TD3"],
 )
 def test_compiled_training_equals_plain_training(settings: dict[str, Any], tmp_path: Path) -> None:
     """To 1e-5: noise, targets, averages, clipping, both optimizers' states, and what is logged.
 
-    Forty updates in float64: in float32 Adam makes differences in the last bit of a gradient near zero into steps.
+    Forty updates in float64: in float32 Adam may make differences in the last bit of a gradient near zero into steps.
     """
     plain, plain_trainer = run(tmp_path, False, **settings)
     fast, trainer = run(tmp_path, True, **settings)
     assert trainer.lightning_module._compiled is not None
     assert plain_trainer.lightning_module._compiled is None
-    assert trainer.global_step == plain_trainer.global_step == len(trainer.optimizers) * settings.get("updates", 40)
+    updates, every = settings.get("updates", 40), trainer.lightning_module.loss.every
+    steps = sum(updates // every.get(term, 1) for term in trainer.lightning_module.loss.terms)
+    assert trainer.global_step == plain_trainer.global_step == steps
     assert fast.keys() == plain.keys()
     for name, value in plain.items():
         torch.testing.assert_close(fast[name], value, rtol=1e-5, atol=1e-5 * value.abs().max().item(), msg=name)
@@ -170,6 +176,32 @@ def test_a_loss_that_cannot_be_compiled_trains_as_it_is(
         run(tmp_path, True, Untraceable, value=None)
 
 
+class LateUntraceable(Untraceable):
+    """Its first update can be compiled, its second cannot."""
+
+    compilable = True
+    every = {"actor": 2}
+
+
+@needs_compiler
+def test_plain_updates_go_on_after_compiled_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Optimizers count on from the steps that they have made."""
+    monkeypatch.setattr("qsm_lightning.module.WORTHWHILE_UPDATES", 1)
+    settings: dict[str, Any] = {"precision": "64-true", "value": None}
+    plain, _ = run(tmp_path, False, LateUntraceable, **settings)
+    tried, trainer = run(tmp_path, "auto", LateUntraceable, **settings)
+    assert "LateUntraceable cannot be compiled" in caplog.text
+    assert trainer.lightning_module._compiled is None
+    assert {name: value.item() for name, value in tried.items() if name.endswith("parameter 0, step")} == {
+        "optimizer 0, parameter 0, step": 40,
+        "optimizer 1, parameter 0, step": 20,
+    }
+    for name, value in plain.items():
+        torch.testing.assert_close(tried[name], value, rtol=1e-5, atol=1e-5 * value.abs().max().item(), msg=name)
+
+
 class Counting(QSM):
     """Steps its targets every other time, by a number in Python, as a user's loss may."""
 
@@ -188,6 +220,16 @@ def test_a_loss_that_does_not_say_it_is_fit_is_not_compiled(tmp_path: Path) -> N
     assert not OffPolicyModule(3, 1, partial(Counting, **SMALL)).compiles(trainer, long)
     with pytest.raises(SettingError, match="Counting is not compilable, or does not say so; use auto or false"):
         OffPolicyModule(3, 1, partial(Counting, **SMALL), compile=True).compiles(trainer, long)
+
+
+def test_a_scalar_in_float64_is_not_compiled(tmp_path: Path) -> None:
+    """SAC's entropy coefficient: it would stay where it is."""
+    long = OffPolicyDataModule("Pendulum-v1", total_frames=1_000_000)
+    for precision, compiles in (("32-true", bool(not compiled.why_not())), ("64-true", False)):
+        trainer = quiet_trainer(tmp_path, accelerator="cpu", precision=precision)
+        assert OffPolicyModule(3, 1, partial(SAC, hidden=(16,))).compiles(trainer, long) is compiles
+    with pytest.raises(SettingError, match="loses the gradient of a scalar in float64, and SAC learns one; use auto"):
+        OffPolicyModule(3, 1, partial(SAC, hidden=(16,)), compile=True).compiles(trainer, long)
 
 
 class OwnOptimizers(OffPolicyModule):

@@ -40,7 +40,7 @@ EXACT = {
     "M_q adapted": (["--model.loss.m_q=auto"], [45]),
     "M_q adapted, compiled": (["--model.loss.m_q=auto", "--model.compile=true"], [45]),
     "SAC": (["--model.loss=sac"], [15, 45]),
-    "TD3 between two steps of its policy": (["--model.loss=td3"], [45]),
+    "TD3 between two steps of its policy, compiled": (["--model.loss=td3", "--model.compile=true"], [45]),
     "Diffusion-QL": (["--model.loss=diffusion_ql"], [45]),
     "SDAC": (["--model.loss=sdac"], [45]),
     "CQSM in irregular time": (["--model.loss=cqsm", f"--data.env={MOVING}&jitter=0.5&horizon=1.7"], [15, 45]),

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import FunctionType
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from tensordict.nn.functional_modules import _exclude_td_from_pytree
 from torch import Tensor
 from torch.optim import Adam
 
@@ -21,6 +24,8 @@ from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.policy import Policy
 
 log = logging.getLogger(__name__)
+
+Due = tuple[str, ...]  # what an update steps: terms, and targets
 
 WORTHWHILE_UPDATES = 20_000  # compiling costs as long as some 5,000 updates save
 
@@ -122,6 +127,11 @@ class CompiledAdam:
             square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             p.sub_(self.rate * mean / (square.sqrt() / self.root + self.group["eps"]))
 
+    def leave(self) -> None:
+        """Let the optimizer count its steps again."""
+        self._write_steps(None)
+        self.before, self.done = self.before + self.done, 0
+
     def _write_steps(self, _: Any) -> None:
         if self.done:
             for step in self.steps:
@@ -129,15 +139,15 @@ class CompiledAdam:
 
 
 class CompiledUpdate:
-    """Steps every term's optimizer, in the loss's order, then what follows, by one call for a minibatch.
+    """Steps the optimizers of the terms that are due, in the loss's order, then what follows, by one call.
 
     Optimizers keep their state where it is: checkpoints are those of the plain update, and either goes on with the
-    other's.
+    other's. Where some terms are not due at every update, each selection of them is a function of its own.
 
     Args:
         loss: the algorithm.
         optimizers: the optimizer of each term.
-        follow: what is done after the last step: targets, averages.
+        follow: what is done after the last step, given what is due: targets, averages.
         clip: changes a term's gradients before its step.
     """
 
@@ -145,30 +155,50 @@ class CompiledUpdate:
         self,
         loss: OffPolicyLoss,
         optimizers: Mapping[str, Adam],
-        follow: Callable[[], None],
+        follow: Callable[[Due], None],
         clip: Callable[[list[Tensor]], None] | None = None,
     ) -> None:
         self.loss, self.follow, self.clip = loss, follow, clip
         self.adams = {term: CompiledAdam(optimizer) for term, optimizer in optimizers.items()}
-        self._compiled, self._made = compiled(self._update), False
+        self._compiled: dict[Due, Callable[[TensorDictBase], dict[str, Tensor]]] = {}
 
-    def __call__(self, minibatch: TensorDictBase) -> dict[str, Tensor]:
-        """One update on a replay batch [B]; returns losses and metrics under the names they are logged by."""
-        for adam in self.adams.values():
+    def __call__(self, minibatch: TensorDictBase, due: Due | None = None) -> dict[str, Tensor]:
+        """One update on a replay batch [B]; returns losses and metrics under the names they are logged by.
+
+        Args:
+            minibatch: the replay batch.
+            due: what to step; everything by default.
+
+        Raises:
+            TorchDynamoException: when it cannot be compiled, before anything is computed.
+        """
+        due = (*self.adams, "targets") if due is None else due
+        stepped = [adam for term, adam in self.adams.items() if term in due]
+        for adam in stepped:
             adam.prepare()
-        if self._made:
-            out = self._compiled(minibatch)
-        else:
-            with torch._dynamo.config.patch(trace_autograd_ops=True):  # while it is made
-                out = self._compiled(minibatch)
-            self._made = True
-        for adam in self.adams.values():
+        with _exclude_td_from_pytree():  # as TorchRL's losses do, but inside of what is compiled
+            if due in self._compiled:
+                out = self._compiled[due](minibatch)
+            else:
+                made = compiled(partial(self._update, due))
+                with torch._dynamo.config.patch(trace_autograd_ops=True), warnings.catch_warnings():  # while it is made
+                    warnings.simplefilter("ignore")  # tensordict's, of what it does differently then
+                    out = made(minibatch)
+                self._compiled[due] = made
+        for adam in stepped:
             adam.done += 1
         return out
 
-    def _update(self, batch: TensorDictBase) -> dict[str, Tensor]:
+    def leave(self) -> None:
+        """Hand the optimizers back: the plain update goes on with them."""
+        for adam in self.adams.values():
+            adam.leave()
+
+    def _update(self, due: Due, batch: TensorDictBase) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         for term, adam in self.adams.items():
+            if term not in due:
+                continue
             loss, metrics = self.loss.term_loss(term, batch)
             with torch.autocast(loss.device.type, enabled=False):  # as OffPolicyModule.backward
                 gradients = list(torch.autograd.grad(loss, adam.parameters))
@@ -177,5 +207,5 @@ class CompiledUpdate:
                     self.clip(gradients)
                 adam.step(gradients)
             out |= {f"loss/{term}": loss.detach(), **{f"update/{name}": value for name, value in metrics.items()}}
-        self.follow()
+        self.follow(due)
         return out

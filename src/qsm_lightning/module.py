@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from qsm_lightning import trust
 from qsm_lightning.collect import as_written
-from qsm_lightning.compiled import WORTHWHILE_UPDATES, CompiledUpdate, first_line, why_not
+from qsm_lightning.compiled import WORTHWHILE_UPDATES, CompiledUpdate, Due, first_line, why_not
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.distributed import backward
 from qsm_lightning.errors import SettingError, TrainingFault, require, require_positive
@@ -91,7 +91,7 @@ class OffPolicyModule(LightningModule):
         if ema is not None:
             self.averages = nn.ModuleList(map(deepcopy, self._averaged)).requires_grad_(False)
         self.metrics: dict[str, Tensor] = {}
-        self.updates = 0  # plain ones
+        self.updates = 0
         self.skipped_steps = 0
         self._skipped_in_a_row: Counter[str] = Counter()
         self._loss_scale = 1.0
@@ -128,19 +128,20 @@ class OffPolicyModule(LightningModule):
         for updates in batch:
             for i, minibatch in enumerate(updates):
                 data.check_stop(rest=partial(updates.__getitem__, slice(i, None)))
-                compiled = self._compiled is not None and self._update_compiled(minibatch, optimizers)
+                self.updates += 1
+                due = tuple(filter(self._due, (*self.loss.terms, "targets")))
+                compiled = self._compiled is not None and self._update_compiled(minibatch, optimizers, due)
                 if not compiled:
-                    self._update(minibatch, optimizers)
+                    self._update(minibatch, optimizers, due)
                 if compiled is not self._last_compiled:
                     self._note(compiled)
                 for scheduler in schedulers:
                     scheduler.step()
 
-    def _update(self, minibatch: TensorDictBase, optimizers: list[Any]) -> None:
+    def _update(self, minibatch: TensorDictBase, optimizers: list[Any], due: Due) -> None:
         skipped = False
-        self.updates += 1
         for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
-            if not self._due(term):
+            if term not in due:
                 continue
             loss, metrics = self.loss.term_loss(term, minibatch)
             optimizer.zero_grad()
@@ -151,26 +152,28 @@ class OffPolicyModule(LightningModule):
                 continue
             self.metrics |= {f"loss/{term}": loss.detach(), **{f"update/{k}": v for k, v in metrics.items()}}
         if not skipped:
-            self._follow()
+            self._follow(due)
 
     def _due(self, term: str) -> bool:
         """Whether a term, or ``targets``, is stepped in the update under way."""
         return self.updates % self.loss.every.get(term, 1) == 0
 
-    def _update_compiled(self, minibatch: TensorDictBase, optimizers: list[Any]) -> bool:
+    def _update_compiled(self, minibatch: TensorDictBase, optimizers: list[Any], due: Due) -> bool:
         """The same as one function, if that can be made."""
         assert self._compiled is not None
         try:
-            self.metrics |= self._compiled(minibatch)
-        except torch._dynamo.exc.TorchDynamoException as error:  # at the first call, before anything is computed
+            self.metrics |= self._compiled(minibatch, due)
+        except torch._dynamo.exc.TorchDynamoException as error:
             why = f"{type(self.loss).__name__} cannot be compiled ({first_line(error)})"
             require(self.hparams["compile"] == "auto", f"model.compile is true, but {why}; use auto or false")
             log.warning("%s: its updates are slower", why)
+            self._compiled.leave()
             self._compiled = None
             return False
-        for optimizer in optimizers:  # Lightning counts them
-            optimizer._on_before_step()
-            optimizer._on_after_step()
+        for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
+            if term in due:  # Lightning counts them
+                optimizer._on_before_step()
+                optimizer._on_after_step()
         return True
 
     def _note(self, compiled: bool) -> None:
@@ -182,9 +185,9 @@ class OffPolicyModule(LightningModule):
             )
         self._last_compiled = compiled
 
-    def _follow(self) -> None:
+    def _follow(self, due: Due) -> None:
         """What moves after the optimizers have stepped."""
-        if self._due("targets"):
+        if "targets" in due:
             self.loss.update_targets()
         self._update_averages()
 
@@ -280,8 +283,8 @@ class OffPolicyModule(LightningModule):
         reason = (
             f"{name} is not compilable, or does not say so"
             if not vars(type(self.loss)).get("compilable", False)
-            else f"{name} does not step all of its terms at every update"
-            if self.loss.every
+            else f"torch's compiler loses the gradient of a scalar in float64, and {name} learns one"
+            if trainer.precision == "64-true" and any(p.ndim == 0 for p in self.loss.parameters())
             else f"{type(self).__name__} has optimizers of its own"
             if type(self).configure_optimizers is not OffPolicyModule.configure_optimizers
             else f"{trainer.world_size} processes average their gradients in the middle of it"

@@ -38,6 +38,7 @@ class SAC(WrappedLoss):
         SettingError: for a value outside its range.
     """
 
+    compilable = True
     terms = ("qvalue", "actor", "alpha")
     inner: SACLoss
     _log_prob: Tensor
@@ -82,7 +83,7 @@ class SAC(WrappedLoss):
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """The policy's loss on a replay batch [B]."""
-        loss, found = self.inner.actor_loss(tensordict)
+        loss, found = self.inner.actor_loss(tensordict.copy())  # into which it writes
         self._log_prob = found["log_prob"]
         return loss, {"entropy": -self._log_prob.mean()}
 

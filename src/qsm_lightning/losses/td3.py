@@ -38,6 +38,7 @@ class TD3(WrappedLoss):
         SettingError: for a value outside its range.
     """
 
+    compilable = True
     terms = ("qvalue", "actor")
     inner: TD3Loss
 
