@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--T", type=int, nargs="+", default=[5], help="denoising steps (default: %(default)s)")
     parser.add_argument("--observation", type=int, nargs="+", default=[11], help="its size (default: %(default)s)")
     parser.add_argument(
-        "--others", nargs="*", default=["sac", "td3"], choices=ALGORITHMS, help="other algorithms (default: sac td3)"
+        "--others", nargs="*", default=["sac", "td3"], choices=["sac", "td3"], help="other algorithms (default: both)"
     )
     parser.add_argument("--rounds", type=int, default=20, help="turns (default: %(default)s)")
     parser.add_argument("--calls", type=int, default=10, help="measured calls in a turn (default: %(default)s)")

@@ -26,7 +26,10 @@ CASES = {
     "unknown key": ([*PENDULUM, "--data.total_framez", "3"], "data.total_framez .* did you mean data.total_frames"),
     "unknown group": ([*PENDULUM, "--dat.env", "x"], "dat.env .* did you mean data.env"),
     "unknown loss key": ([*PENDULUM, "--model.loss.m_z", "3"], "model.loss.m_z .* did you mean model.loss.m_q"),
-    "another loss's key": ([*PENDULUM, "--model.loss", "td3", "--model.loss.m_q", "3"], "m_q is not .* leave it out"),
+    "another loss's key": (
+        [*PENDULUM, "--model.loss", "td3", "--model.loss.m_q", "3"],
+        "m_q is a setting of qsm, .* leave it out",
+    ),
     "unknown key in file": (["--config", "unknown.yaml"], "data.envv .* did you mean data.env"),
     "unknown loss key in file": (["--config", "nested.yaml"], "model.loss.m_z .* did you mean model.loss.m_q"),
     "unknown word": ([*PENDULUM, "hopper"], "hopper is not a setting"),

@@ -89,10 +89,8 @@ def test_a_new_episode_of_dm_control_begins_alike() -> None:
 def test_every_task_of_dm_control() -> None:
     from dm_control import suite
 
-    unsupported = ("manipulator", "stacker")  # observations of several shapes
     for domain, task in suite.ALL_TASKS:
-        if domain not in unsupported:
-            check(f"dmc:{domain}/{task}", 1, before=137, after=150 if domain == "lqr" else 1000)  # it blows up later
+        check(f"dmc:{domain}/{task}", 1, before=137, after=150 if domain == "lqr" else 1000)  # it blows up later
 
 
 def test_a_state_does_not_change_with_its_environment() -> None:

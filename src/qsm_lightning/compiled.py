@@ -182,7 +182,7 @@ class CompiledUpdate:
             else:
                 made = compiled(partial(self._update, due))
                 with torch._dynamo.config.patch(trace_autograd_ops=True), warnings.catch_warnings():  # while it is made
-                    warnings.simplefilter("ignore")  # tensordict's, of what it does differently then
+                    warnings.filterwarnings("ignore", module="tensordict")  # of what it does differently then
                     out = made(minibatch)
                 self._compiled[due] = made
         for adam in stepped:

@@ -27,7 +27,14 @@ from qsm_lightning.continuous import TIME_STEP
 from qsm_lightning.distributed import Ranks
 from qsm_lightning.env_state import NoStateError, env_states, load_env_states
 from qsm_lightning.envs import make_env
-from qsm_lightning.errors import EnvironmentFault, Interrupted, TrainingFault, require, require_positive
+from qsm_lightning.errors import (
+    EnvironmentFault,
+    Interrupted,
+    TrainingFault,
+    require,
+    require_not_negative,
+    require_positive,
+)
 from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.losses.base import non_finite
@@ -196,10 +203,8 @@ class OffPolicyDataModule(LightningDataModule):
             buffer_size >= batch_size,
             f"data.buffer_size is {buffer_size}: it must be at least data.batch_size ({batch_size})",
         )
-        require(env_restarts >= 0, f"data.env_restarts is {env_restarts}: it must not be negative")
-        require(
-            collector_max_staleness is None or collector_max_staleness >= 0,
-            f"data.collector_max_staleness is {collector_max_staleness}: it must not be negative",
+        require_not_negative(
+            data__env_restarts=env_restarts, data__collector_max_staleness=collector_max_staleness or 0
         )
         require(
             collector == "local" or not env_processes,

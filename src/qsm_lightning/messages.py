@@ -80,7 +80,10 @@ def _expected(key: str, text: str) -> str:
 
 def _unknown(key: str, known: list[str]) -> str:
     if key in known:
-        return f"{key} is not a setting of the algorithm that model.loss names: leave it out, or choose another"
+        owners = [name for name, cls in losses.ALGORITHMS.items() if key.rpartition(".")[2] in loss_settings(cls)]
+        return (
+            f"{key} is a setting of {', '.join(owners)}, not of what model.loss names: leave it out, or choose another"
+        )
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     best = next(iter(same_leaf or near), None)

@@ -24,7 +24,7 @@ from qsm_lightning.collect import as_written
 from qsm_lightning.compiled import WORTHWHILE_UPDATES, CompiledUpdate, Due, first_line, why_not
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.distributed import backward
-from qsm_lightning.errors import SettingError, TrainingFault, require, require_positive
+from qsm_lightning.errors import SettingError, TrainingFault, require, require_not_negative, require_positive
 from qsm_lightning.losses import QSM, OffPolicyLoss
 from qsm_lightning.losses.base import polyak_update
 from qsm_lightning.precision import full_precision
@@ -71,10 +71,7 @@ class OffPolicyModule(LightningModule):
     ) -> None:
         super().__init__()
         require_positive(model__critic_lr=critic_lr, model__actor_lr=actor_lr)
-        require(
-            actor_lr_decay_updates >= 0,
-            f"model.actor_lr_decay_updates is {actor_lr_decay_updates}: it must not be negative",
-        )
+        require_not_negative(model__actor_lr_decay_updates=actor_lr_decay_updates)
         require(ema is None or 0 < ema < 1, f"model.ema is {ema}: it must be between 0 and 1, such as 0.999, or null")
         require(
             isinstance(compile, bool) or compile == "auto", f"model.compile is {compile!r}: choose auto, true or false"
@@ -168,7 +165,7 @@ class OffPolicyModule(LightningModule):
             require(self.hparams["compile"] == "auto", f"model.compile is true, but {why}; use auto or false")
             log.warning("%s: its updates are slower", why)
             self._compiled.leave()
-            self._compiled = None
+            self._compiled, self._last_compiled = None, False
             return False
         for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
             if term in due:  # Lightning counts them
@@ -284,7 +281,7 @@ class OffPolicyModule(LightningModule):
             f"{name} is not compilable, or does not say so"
             if not vars(type(self.loss)).get("compilable", False)
             else f"torch's compiler loses the gradient of a scalar in float64, and {name} learns one"
-            if trainer.precision == "64-true" and any(p.ndim == 0 for p in self.loss.parameters())
+            if trainer.precision == "64-true" and any(p.ndim == 0 and p.requires_grad for p in self.loss.parameters())
             else f"{type(self).__name__} has optimizers of its own"
             if type(self).configure_optimizers is not OffPolicyModule.configure_optimizers
             else f"{trainer.world_size} processes average their gradients in the middle of it"

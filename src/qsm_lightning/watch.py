@@ -117,11 +117,12 @@ class Watch:
 
     def _lost(self) -> dict[int, str]:
         """The ranks that cannot answer, and why. A process's connections break a moment before it is seen to end."""
-        end = time.monotonic() + 2 * PERIOD
+        end, lost = time.monotonic() + 2 * PERIOD, dict[int, str]()
         while True:
-            lost = {rank: why for rank in range(self.ranks.count) if (why := self._gone(rank))}
-            if lost or time.monotonic() > end:
-                return lost
+            found = {rank: why for rank in range(self.ranks.count) if (why := self._gone(rank))}
+            if (found and found == lost) or time.monotonic() > end:
+                return found
+            lost = found  # looked at once more: several may be killed together
             time.sleep(PERIOD / 5)
 
     def _gone(self, rank: int) -> str:

@@ -76,7 +76,7 @@ def _file(out: str | None, file_format: str) -> Path:
 
 def _metadata(trained: Trained, selector: str, shapes: dict[str, str]) -> dict[str, str]:
     """What is written into the file: where the policy comes from and how it is called."""
-    width, meaning = trained.module.hparams["action_dim"], f"{trained.module.loss.output}the environment's is {SCALING}"
+    action = f"[batch, {trained.module.hparams['action_dim']}] in [-1, 1]"
     return {
         "environment": trained.env,
         "algorithm": type(trained.module.loss).__name__,
@@ -84,5 +84,5 @@ def _metadata(trained: Trained, selector: str, shapes: dict[str, str]) -> dict[s
         "frames": str(trained.frames),
         "qsm_lightning": checkpoints.versions().get("qsm-lightning", "unknown"),
         **shapes,
-        "action": f"[batch, {width}] in [-1, 1]; {meaning}",
+        "action": "; ".join(filter(None, [action, trained.module.loss.output, f"the environment's is {SCALING}"])),
     }

@@ -34,8 +34,7 @@ class OffPolicyLoss(LossModule):
     one optimizer per term. Networks, targets and the maths are the loss's own; how often and with what they are
     stepped is not. ``every`` says of terms, and of ``targets``, at which updates they are stepped where that is not
     all of them: at every second, say. ``learning_rates`` are of terms that have one of their own, which is constant.
-    ``selectors`` are the kinds of :meth:`evaluation_policy` that there are, and ``output`` says what they give where
-    that is not the action. With a ``window`` of more than 1, each
+    ``selectors`` are the kinds of :meth:`evaluation_policy` that there are. With a ``window`` of more than 1, each
     entry of a replay batch is that many consecutive frames (:meth:`~qsm_lightning.replay.FrameBuffer.sample_windows`).
 
     A class may say of itself, not for its subclasses, that it is ``compilable``: that ``x_loss`` and
@@ -57,13 +56,17 @@ class OffPolicyLoss(LossModule):
     every: Mapping[str, int] = {}
     learning_rates: Mapping[str, float] = {}
     selectors: tuple[str, ...] = ("sample", "best_of_n")
-    output: str = ""
     compilable = False
 
     @property
     def functional(self) -> bool:
         """False: networks are ordinary modules with parameters of their own."""
         return False
+
+    @property
+    def output(self) -> str:
+        """What the policies give, in words for those who are handed one, where that is not the action."""
+        return ""
 
     @property
     def in_keys(self) -> list[NestedKey]:

@@ -224,11 +224,10 @@ class CQSMLoss(OffPolicyLoss):
         return [self.critics] if term == "qvalue" else [self.score]
 
     @property
-    def output(self) -> str:  # type: ignore[override]
-        """In what is exported."""
+    def output(self) -> str:
         return (
             f"a velocity: the action, which is the end of the observation, goes to clip(action + {self.unit:g} output "
-            "dt, -1, 1), and "
+            "dt, -1, 1)"
         )
 
     def update_targets(self) -> None:

@@ -64,7 +64,7 @@ class WrappedLoss(OffPolicyLoss):
             ValueOperator(ActionValue(observation_dim, action_dim, hidden), ["observation", "action"]) for _ in range(2)
         ]
         bounds = Bounded(-1, 1, (action_dim,))
-        settings |= {"loss_function": "l2", "action_spec": bounds, "deactivate_vmap": True}
+        settings |= {"loss_function": "l2", "action_spec": bounds, "deactivate_vmap": True}  # two critics, one by one
         self.inner = self.make_inner(actor, critics, **settings)
         self.inner.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
         self.tau = tau
