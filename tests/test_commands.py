@@ -301,7 +301,10 @@ LEARN_PENDULUM: dict[str, list[str]] = {
     "dacer": [],
     "diffusion_ql": [],
     "sac": [],
-    "sdac": ["--model.loss.entropy_coef=1", "--model.loss.reverse_samples=16", "--data.total_frames=6000"],
+    "sdac": [
+        *("--model.loss.entropy_coef=1", "--model.loss.reverse_samples=16", "--data.total_frames=6000"),
+        "--model.compile=true",
+    ],
     "td3": [],
 }
 

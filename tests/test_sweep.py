@@ -71,7 +71,7 @@ def test_the_plan_has_each_seed_of_all_before_the_next(tmp_path: Path) -> None:
         (["--variant=a=--trainer.logger false"], "--trainer.logger is the same"),
         (["--variant=..=--data.utd 1"], "begins with no point"),
         (['--variant=a=--data.utd "1'], "mend the quotes"),
-        (["--vary=model.loss=qsm,td3", "--model.compile=true"], "model.compile is true"),
+        (["--vary=model.loss=qsm,dacer", "--model.compile=true"], "model.compile is true"),
         (["--data.env=Hoper-v5"], "Hoper-v5.*did you mean Hopper-v5"),
         (["--out=file"], "--out is .*file cannot be written"),
     ],
