@@ -17,7 +17,7 @@ and one action for one observation, and for 64, by the last three. Updates of --
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -133,19 +133,20 @@ def measure(hidden: int, batch: int, T: int, observation: int, options: argparse
         "setting": {"hidden": hidden, "batch": batch, "T": T, "observation": observation},
         "flops": products.flops(),
         "first_calls_s": first_calls(ways),
-        "update_ms": {
-            way: quartiles([1e3 * s for s in seconds])
-            for way, seconds in in_turn(ways, options.rounds, options.calls).items()
-        },
+        "update_ms": milliseconds(ways, options.rounds, options.calls),
     }
     for n in (1, 64):
         acts = {way: policy(way, losses, port) for way in ("port", "eager", "compiled")}
         seen = torch.randn(n, observation)
         calls = {way: partial(act, seen) for way, act in acts.items()}
         first_calls(calls)
-        seconds = in_turn(calls, options.rounds, 5 * options.calls)
-        found[f"act_{n}_ms"] = {way: quartiles([1e3 * s for s in of_way]) for way, of_way in seconds.items()}
+        found[f"act_{n}_ms"] = milliseconds(calls, options.rounds, 5 * options.calls)
     return found
+
+
+def milliseconds(ways: Mapping[str, Callable[[], Any]], rounds: int, calls: int) -> dict[str, Any]:
+    """Quartiles of every way's calls, which take turns."""
+    return {way: quartiles([1e3 * s for s in seconds]) for way, seconds in in_turn(ways, rounds, calls).items()}
 
 
 def measure_other(name: str, hidden: int, batch: int, observation: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -159,12 +160,10 @@ def measure_other(name: str, hidden: int, batch: int, observation: int, options:
         "eager": plain_update(losses[1], frames),
         "compiled": compiled_update(losses[2], frames),
     }
-    first = first_calls(ways)
-    seconds = in_turn(ways, options.rounds, options.calls)
     return {
         "setting": {"loss": name, "hidden": hidden, "batch": batch, "observation": observation},
-        "first_calls_s": first,
-        "update_ms": {way: quartiles([1e3 * s for s in of_way]) for way, of_way in seconds.items()},
+        "first_calls_s": first_calls(ways),
+        "update_ms": milliseconds(ways, options.rounds, options.calls),
     }
 
 
