@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM
-from qsm_lightning.losses.qsm import CURVATURE_SAMPLES
+from qsm_lightning.losses.qsm import EVERY
 from qsm_lightning.sampler import reverse_process
 from qsm_lightning.schedule import NoiseSchedule
 from tests.compare import state
@@ -45,21 +47,26 @@ class Slope(nn.Module):
 
 def made(critics: nn.Module, T: int = 5, **settings: Any) -> QSM:
     torch.manual_seed(0)
-    loss = QSM(OBS, A, hidden=(8,), time_dim=8, T=T, m_q="auto", m_q_lr=0.02, **settings)
+    loss = QSM(OBS, A, hidden=(8,), time_dim=8, T=T, m_q="auto", **({"m_q_lr": 0.02} | settings))
     loss.critics = critics
     return loss
 
 
-def settled(loss: QSM, steps: int = 1500) -> float:
-    """M_q after so many steps of its optimizer, averaged over the last of them."""
-    optimizer = torch.optim.Adam([loss.log_m_q], loss.learning_rates["m_q"])
-    found = []
+def adapted(loss: QSM, steps: int) -> Iterator[float]:
+    """M_q at each of so many steps of its optimizer."""
+    optimizer = torch.optim.Adam([loss.log_size], loss.learning_rates["m_q"])
+    torch.manual_seed(0)
     for i in range(steps):
         optimizer.zero_grad()
-        loss.m_q_loss(replay_batch(256, OBS, A, seed=i))[0].backward()
+        value, metrics = loss.m_q_loss(replay_batch(256, OBS, A, seed=i))
+        value.backward()
         optimizer.step()
-        found.append(loss.log_m_q.item())
-    return torch.tensor(found[-500:]).mean().exp().item()
+        yield metrics["m_q"].item()
+
+
+def settled(loss: QSM, steps: int = 700) -> float:
+    """M_q after so many steps, averaged over the last of them."""
+    return torch.tensor([*adapted(loss, steps)][-350:]).log().mean().exp().item()
 
 
 @pytest.mark.parametrize("T", [5, 10, 20])
@@ -71,40 +78,83 @@ def test_it_finds_the_slope_of_the_best_noise_predictor(curvature: float, T: int
     assert settled(loss) * curvature == pytest.approx(expected, rel=0.02)
 
 
-def test_the_slope_that_is_to_be_left_makes_it_softer_in_every_unit_of_reward() -> None:
+@pytest.mark.parametrize("unit", [2.0**-10, 2.0**10])
+@pytest.mark.parametrize("critics", [Bowl(1.0, 0.3), Bowl(8.0), Slope(0.5)], ids=["bowl", "steep", "slope"])
+def test_in_another_unit_of_reward_every_step_is_the_same_to_the_bit(critics: nn.Module, unit: float) -> None:
+    """From the first on, with the shipped rate: Q times k has M_q / k, and the denoiser the same targets."""
+    scaled = deepcopy(critics)
+    for p in scaled.parameters():
+        p.data *= unit
+    loss, other = (made(critics, m_q_lr=3e-3) for critics in (critics, scaled))
+    assert [m_q / unit for m_q in adapted(loss, 300)] == [*adapted(other, 300)]
+    batch, t, noise = replay_batch(256, OBS, A), torch.randint(5, (256,)), torch.randn(256, A)
+    values = [one.score_matching(batch["observation"], batch["action"], t, noise)[0] for one in (loss, other)]
+    assert values[0].item() == values[1].item()
+
+
+def test_the_slope_that_is_to_be_left_makes_it_softer() -> None:
     """For small actions, which no bound stops, M_q H = (1 - rho sqrt(alpha_0)) / sqrt(1 - abar_0)."""
-    found = []
-    for curvature in (0.01, 1.0, 100.0):
-        loss = made(Bowl(curvature), m_q_slope=0.4)
-        found.append(settled(loss) * curvature)
-    torch.testing.assert_close(torch.tensor(found), torch.full((3,), found[0]), rtol=0.01, atol=0)
+    loss = made(Bowl(100.0), m_q_slope=0.4)
     alpha = loss.schedule.alphas[0]
-    with torch.no_grad():
-        loss.log_m_q.copy_(((1 - 0.4 * alpha.sqrt()) / (1 - alpha).sqrt() / 100).log())
+    m_q = (1 - 0.4 * alpha.sqrt()) / (1 - alpha).sqrt() / 100
     small = 0.1 * torch.randn(1000, A)
-    rho = loss.slope_left(torch.zeros(1000, OBS), small, 0.1 * torch.randn(1000, A))
+    rho = loss.slope_left(torch.zeros(1000, OBS), small, 0.1 * torch.randn(1000, A), m_q)
     assert rho.item() == pytest.approx(0.4, abs=1e-4)
 
 
+class Linear(nn.Module):
+    """eps = -k (best - a), what a denoiser converges to in a bowl with k = M_q H."""
+
+    def __init__(self, k: float, best: float) -> None:
+        super().__init__()
+        self.k, self.best = k, best
+
+    def forward(self, observation: Tensor, action: Tensor, t: Tensor) -> Tensor:
+        return -self.k * (self.best - action)
+
+
+def bowl_policy(schedule: NoiseSchedule, k: float, best: float) -> tuple[float, float]:
+    """Mean and deviation of a sample without bounds: every step is linear, a_(t-1) = (a_t - c eps) / sqrt(alpha)."""
+    mean, variance = 0.0, 1.0
+    for t in reversed(range(schedule.T)):
+        alpha, beta, left = schedule.alphas[t].item(), schedule.betas[t].item(), 1 - schedule.alpha_hats[t].item()
+        c = beta / left**0.5 * k
+        mean = ((1 - c) * mean + c * best) / alpha**0.5
+        variance = (1 - c) ** 2 * variance / alpha + (beta if t > 0 else 0.0)
+    return mean, variance**0.5
+
+
 @pytest.mark.parametrize("T", [5, 10, 20])
-@pytest.mark.parametrize("best", [0.0, 0.4, -0.7])
-def test_the_sampler_then_ends_at_the_best_action(best: float, T: int) -> None:
-    """Not beside it, and not at the bounds, where a fixed M_q of 50 takes it."""
-    loss = made(Bowl(4.0, best), T, m_q_slope=0.0)
-    schedule, m_q = loss.schedule, settled(loss)
+@pytest.mark.parametrize("best", [0.0, 0.3])
+@pytest.mark.parametrize("slope", [0.0, 0.15])
+def test_on_a_bandit_samples_have_the_mean_and_the_deviation_of_the_closed_form(
+    slope: float, best: float, T: int
+) -> None:
+    """Around the best action, which a fixed M_q of 50 leaves for the bounds.
+
+    exp(Q / tau) has the variance v = tau / H; the noise predictor of that policy has at step 0 the slope
+    sqrt(1 - alpha_0) / (alpha_0 v + 1 - alpha_0). That is the rule's M_q H for v = (1 - alpha_0) rho / (sqrt(alpha_0)
+    (1 - rho sqrt(alpha_0))). At the other steps M_q H is steeper than that policy's, so samples are less wide.
+    """
+    H = 4.0
+    loss = made(Bowl(H, best), T, m_q_slope=slope)
+    k = settled(loss) * H
+    mean, deviation = bowl_policy(loss.schedule, k, best)
+    alpha = loss.schedule.alphas[0].item()
+    v = (1 - alpha) * slope / (alpha**0.5 * (1 - slope * alpha**0.5))
+    assert k == pytest.approx((1 - alpha) ** 0.5 / (alpha * v + 1 - alpha), rel=0.03)
     torch.manual_seed(1)
-    noise = torch.randn(T + 1, 4000, A)
+    noise = torch.randn(T + 1, 20_000, A)
 
-    def sampled(scale: float) -> Tensor:
-        class Exact(nn.Module):
-            def forward(self, observation: Tensor, action: Tensor, t: Tensor) -> Tensor:
-                return -scale * 4.0 * (best - action)
+    def sampled(k: float, clip: bool) -> Tensor:
+        denoiser: Any = Linear(k, best)
+        return reverse_process(denoiser, loss.schedule, torch.zeros(20_000, OBS), noise[-1], noise[:-1], clip=clip)[-1]
 
-        return reverse_process(Exact(), schedule, torch.zeros(4000, OBS), noise[-1], noise[:-1])[-1]  # type: ignore[arg-type]
-
-    found, fixed = sampled(m_q), sampled(50.0)
-    assert (found.mean() - best).abs() < 0.12
-    assert found.std() < 0.12
+    free, found, fixed = sampled(k, False), sampled(k, True), sampled(50 * H, True)
+    assert free.mean() == pytest.approx(mean, abs=0.005)
+    assert free.std() == pytest.approx(deviation, rel=0.02, abs=0.005)
+    assert abs(found.mean() - best) < 0.12
+    assert found.std() < (0.7 * v**0.5 if slope > 0 else 0.02)
     assert (fixed.abs() > 0.999).float().mean() > 0.9
 
 
@@ -120,12 +170,9 @@ def test_a_slope_without_a_top_is_climbed_to_the_bounds_and_no_further(c: float)
     end = start + ((1 - alpha) / alpha).sqrt() * m_q * c
     moved = end.clamp(-1, 1) - start.clamp(-1, 1)
     assert (moved * (end <= 1)).sum() / moved.sum() == pytest.approx(0.15, abs=0.05)
-    with torch.no_grad():
-        loss.log_m_q.fill_(-12.0)
-    assert loss.slope_left(batch["observation"], batch["action"], z) == pytest.approx(1.0, abs=0.01)
-    with torch.no_grad():
-        loss.log_m_q.fill_(20.0)
-    assert loss.slope_left(batch["observation"], batch["action"], z) == 0
+    observation, action = batch["observation"], batch["action"]
+    assert loss.slope_left(observation, action, z, 1e-5 / c) == pytest.approx(1.0, abs=0.01)
+    assert loss.slope_left(observation, action, z, 1e9 / c) == 0
 
 
 def test_without_any_slope_nothing_moves() -> None:
@@ -137,8 +184,6 @@ def test_without_any_slope_nothing_moves() -> None:
 
 def test_the_share_of_the_slope_that_is_left_by_hand() -> None:
     loss = made(Bowl(2.0, 0.3))
-    with torch.no_grad():
-        loss.log_m_q.fill_(0.5)
     schedule = NoiseSchedule("vp", 5)
     batch, z = replay_batch(32, OBS, A), torch.randn(32, A)
     alpha = schedule.alphas[0]  # abar_0 is alpha_0
@@ -149,7 +194,7 @@ def test_the_share_of_the_slope_that_is_left_by_hand() -> None:
     moved = end - (noisy / alpha.sqrt()).clamp(-1, 1)
     assert 0 < (far.abs() > 1).sum() < far.numel(), "bounds stop some"
     expected = (2 * (0.3 - end) * moved)[far.abs() <= 1].sum() / (2 * (0.3 - noisy) * moved).sum()
-    torch.testing.assert_close(loss.slope_left(batch["observation"], batch["action"], z), expected)
+    torch.testing.assert_close(loss.slope_left(batch["observation"], batch["action"], z, m_q), expected)
 
 
 def test_it_is_what_the_denoiser_is_scaled_by_and_only_its_term_moves_it() -> None:
@@ -157,17 +202,27 @@ def test_it_is_what_the_denoiser_is_scaled_by_and_only_its_term_moves_it() -> No
     loss, batch = QSM(OBS, A, hidden=(8,), time_dim=8, m_q="auto"), replay_batch(256)
     assert loss.terms == ("qvalue", "actor", "m_q")
     with torch.no_grad():
-        loss.log_m_q.fill_(1.5)
+        loss.log_size.fill_(1.5)
     t, noise = torch.randint(5, (256,)), torch.randn(256, A)
     value, eps, g = loss.score_matching(batch["observation"], batch["action"], t, noise)
-    torch.testing.assert_close(value, (eps + torch.tensor(1.5).exp() * g).square().mean())
+    torch.testing.assert_close(value, (eps + torch.tensor(1.5).exp() / g.abs().mean() * g).square().mean())
     for term in loss.terms:
         for p in loss.parameters():
             p.grad = None
         loss.term_loss(term, batch)[0].backward()
-        assert (loss.log_m_q.grad is not None) == (term == "m_q")
-    assert all(p.grad is None for name, p in loss.named_parameters() if name != "log_m_q")
-    assert CURVATURE_SAMPLES < 256
+        assert (loss.log_size.grad is not None) == (term == "m_q")
+    assert all(p.grad is None for name, p in loss.named_parameters() if name != "log_size")
+
+
+def test_it_looks_at_every_fourth_frame() -> None:
+    """So at both parts of a minibatch that is a dataset's for one half, and in K processes at what one looks at."""
+    loss, batch = made(Bowl(2.0, 0.3)), replay_batch(256, OBS, A)
+    torch.manual_seed(0)
+    value, _ = loss.m_q_loss(batch)
+    batch["action"][torch.arange(256) % EVERY != 0] = torch.nan
+    torch.manual_seed(0)
+    assert loss.m_q_loss(batch)[0].item() == value.item()
+    assert EVERY == 4
 
 
 def test_a_batch_gives_the_target_its_size() -> None:
@@ -186,7 +241,7 @@ def test_a_batch_gives_the_target_its_size() -> None:
 def test_a_run_adapts_and_keeps_it(tmp_path: Path) -> None:
     run = trained(tmp_path, "--config=pendulum", *SHRINK, "--model.loss.m_q=auto")
     content = state(run)
-    assert content["state_dict"]["loss.log_m_q"] != 0
+    assert content["state_dict"]["loss.log_size"] != 0
     assert len(content["optimizer_states"]) == 3
     assert content["optimizer_states"][2]["param_groups"][0]["lr"] == 3e-3
 

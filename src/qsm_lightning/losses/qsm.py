@@ -23,7 +23,7 @@ from qsm_lightning.networks import Denoiser, eps_given
 from qsm_lightning.precision import full_precision
 from qsm_lightning.schedule import NoiseSchedule, ScheduleName
 
-CURVATURE_SAMPLES = 64  # frames of a batch that m_q: auto looks at
+EVERY = 4  # m_q: auto looks at every fourth frame of a minibatch
 
 
 class QSMLoss(DiffusionLoss):
@@ -33,13 +33,14 @@ class QSMLoss(DiffusionLoss):
         denoiser: eps_theta(observation [B, O], noisy action [B, A], t [B]) -> [B, A].
         critics: (observation [B, O], action [B, A]) -> [ensemble, B].
         schedule: noise schedule, T steps.
-        m_q: M_q, the inverse temperature (the paper's alpha). ``auto`` adapts it to the critics' curvature, so that the
-            last denoising step leaves a set share of the slope (``m_q_slope``) and does not overshoot; ``batch`` gives
-            the target a set size in every batch, -sigma_t g / (batch_temperature mean |g|).
+        m_q: M_q, the inverse temperature (the paper's alpha). ``auto`` divides by mean |g| of the batch, and adapts the
+            size that the target then has to the critics' curvature, so that the last denoising step leaves a set share
+            of the slope (``m_q_slope``) and does not overshoot; ``batch`` gives the target a fixed size in every batch,
+            -sigma_t g / (batch_temperature mean |g|).
         batch_temperature: of ``m_q: batch``.
         m_q_slope: share of the slope that ``m_q: auto`` leaves at the end of a step, in (-1, 1): 0 takes the step to
             the top or to the bounds, and more leaves the policy softer.
-        m_q_lr: learning rate of log M_q with ``m_q: auto``.
+        m_q_lr: learning rate of the logarithm of the target's size with ``m_q: auto``.
         score_at: take the critics' gradient at the ``noisy`` action (authors' code) or the ``clean`` one (paper).
         bc_coef: weight of behaviour cloning: the loss of a denoiser of the buffer's own actions is added.
         **settings: the settings of :class:`DiffusionLoss`.
@@ -89,7 +90,7 @@ class QSMLoss(DiffusionLoss):
         self.batch_temperature = batch_temperature
         self.m_q_slope = m_q_slope
         if m_q == "auto":
-            self.log_m_q = nn.Parameter(torch.zeros(1))  # in float64, torch's compiler loses a scalar's gradient
+            self.log_size = nn.Parameter(torch.zeros(1))  # in float64, torch's compiler loses a scalar's gradient
             self.terms = (*self.terms, "m_q")
             self.learning_rates = {"m_q": m_q_lr}
 
@@ -100,26 +101,35 @@ class QSMLoss(DiffusionLoss):
 
         With ``bc_coef``, that times mean (eps_theta - z)^2 is added.
         """
-        noisy = self.schedule.add_noise(action, t, noise)
-        g = self.q_gradient(observation, noisy if self.score_at == "noisy" else action)
+        noisy, g = self.slopes(observation, action, t, noise)
         eps = eps_given(self.denoiser, observation, self.schedule.T)(noisy, t).to(g)
         loss = (eps + self.scale(g, t) * g).square().mean()
         if self.bc_coef > 0:
             loss = loss + self.bc_coef * (eps - noise).square().mean()
         return loss, eps, g
 
+    def slopes(self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """a_t [B, A], and the critics' gradient g [B, A] there or, with ``score_at: clean``, at a."""
+        noisy = self.schedule.add_noise(action, t, noise)
+        return noisy, self.q_gradient(observation, noisy if self.score_at == "noisy" else action)
+
     def scale(self, g: Tensor, t: Tensor) -> float | Tensor:
-        """M_q, or what stands in its place: a scalar, or [B, 1]."""
+        """M_q, or what stands in its place, for slopes g [B, A] of actions noised for steps t [B]; scalar or [B, 1]."""
+        if not isinstance(self.m_q, str):
+            return self.m_q
         if self.m_q == "auto":
-            return self.log_m_q.detach().exp()
-        if self.m_q == "batch":
-            sigma = self.schedule.sqrt_one_minus_alpha_hats[t, None]
-            return sigma / (self.batch_temperature * batch_mean(g.abs()).clamp(min=1e-30))
-        return cast(float, self.m_q)
+            size = self.log_size.detach().exp()
+        else:
+            size = self.schedule.sqrt_one_minus_alpha_hats[t, None] / self.batch_temperature
+        return size / batch_mean(g.abs()).clamp(min=1e-30)
+
+    def _steps(self, action: Tensor) -> Tensor:
+        """t [B], uniform."""
+        return torch.randint(self.schedule.T, (len(action),), device=action.device)
 
     @torch.no_grad()
     @full_precision
-    def slope_left(self, observation: Tensor, action: Tensor, noise: Tensor) -> Tensor:
+    def slope_left(self, observation: Tensor, action: Tensor, noise: Tensor, m_q: float | Tensor) -> Tensor:
         r"""rho: the share of the critics' slope that is left where the last denoising step ends; scalar.
 
         From a_0 = sqrt(abar_0) a + sqrt(1 - abar_0) z the step goes from u = clip(a_0 / sqrt(alpha_0)) to v =
@@ -134,12 +144,13 @@ class QSMLoss(DiffusionLoss):
             observation: s, [B, O].
             action: a, [B, A].
             noise: z, [B, A].
+            m_q: M_q, scalar.
         """
         schedule = self.schedule
         noisy = schedule.add_noise(action, torch.zeros(len(action), dtype=torch.long, device=action.device), noise)
         g = self.q_gradient(observation, noisy)
         unmoved = noisy * schedule.inv_sqrt_alphas[0]
-        step = schedule.eps_coefs[0] * schedule.inv_sqrt_alphas[0] * self.log_m_q.exp() * g
+        step = schedule.eps_coefs[0] * schedule.inv_sqrt_alphas[0] * m_q * g
         end = (unmoved + step).clamp(-1, 1)
         moved = end - unmoved.clamp(-1, 1)
         free = moved * (unmoved + step == end)
@@ -147,20 +158,23 @@ class QSMLoss(DiffusionLoss):
         return left / batch_mean((g * moved).sum(-1)).clamp(min=torch.finfo(g.dtype).tiny)
 
     def m_q_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
-        """-(rho - m_q_slope) log M_q, rho held fixed: M_q grows while too much of the slope is left, and else falls."""
-        few = tensordict[:CURVATURE_SAMPLES]
+        """-(rho - m_q_slope) log size, rho held fixed: M_q grows while too much of the slope is left, else falls."""
+        few = tensordict[::EVERY]
         observation, action = few[self.tensor_keys.observation], few[self.tensor_keys.action]
-        rho = self.slope_left(observation, action, torch.randn_like(action))
-        loss = -((rho.clamp(-1, 1) - self.m_q_slope) * self.log_m_q).sum()
-        return loss, {"m_q": self.log_m_q.detach().exp().squeeze(), "slope_left": rho}
+        t = self._steps(action)
+        _, g = self.slopes(observation, action, t, torch.randn_like(action))
+        m_q = cast(Tensor, self.scale(g, t))
+        rho = self.slope_left(observation, action, torch.randn_like(action), m_q)
+        loss = -((rho.clamp(-1, 1) - self.m_q_slope) * self.log_size).sum()
+        return loss, {"m_q": m_q.squeeze(), "slope_left": rho}
 
     def term_modules(self, term: str) -> list[nn.Module]:
-        return [nn.ParameterList([self.log_m_q])] if term == "m_q" else super().term_modules(term)
+        return [nn.ParameterList([self.log_size])] if term == "m_q" else super().term_modules(term)
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """Score matching at a random step of the schedule on a replay batch [B]; no gradient reaches the critics."""
         observation, action = tensordict[self.tensor_keys.observation], tensordict[self.tensor_keys.action]
-        t = torch.randint(self.schedule.T, (len(action),), device=action.device)
+        t = self._steps(action)
         loss, eps, g = self.score_matching(observation, action, t, torch.randn_like(action))
         return loss, {"q_grad_norm": g.norm(dim=-1).mean(), "eps_norm": eps.detach().norm(dim=-1).mean()}
 
