@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.distributed import batch_mean
 from qsm_lightning.losses import QSM
 from qsm_lightning.losses.base import Metrics
+from qsm_lightning.losses.qsm import EVERY
 from qsm_lightning.module import OffPolicyModule
 from tests.helpers import replay_batch
 from tests.processes import CONTEXT, free_port
@@ -32,21 +33,19 @@ class Shared(QSM):
     rank, count, drawn = 0, 1, 0
 
     def term_loss(self, term: str, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
-        rows = len(tensordict)
+        batches = (len(tensordict), len(tensordict) // EVERY)
         drawn: dict[str, Any] = {"randn": torch.randn, "randint": torch.randint}
 
-        def whole(shape: Any) -> list[int]:
-            return [self.count * size if size == rows else size for size in shape]
-
-        def mine(values: Tensor) -> Tensor:
-            dim = list(values.shape).index(self.count * rows)
+        def mine(draw: Callable[[list[int]], Tensor], shape: Any) -> Tensor:
+            dim, rows = next((list(shape).index(rows), rows) for rows in batches if rows in shape)
+            values = draw([self.count * size if i == dim else size for i, size in enumerate(shape)])
             return values.narrow(dim, self.rank * rows, rows).contiguous()
 
         def randn(shape: Any, **kwargs: Any) -> Tensor:
-            return mine(drawn["randn"](whole(shape), **kwargs))
+            return mine(lambda shape: drawn["randn"](shape, **kwargs), shape)
 
         def randint(high: int, shape: Any, **kwargs: Any) -> Tensor:
-            return mine(drawn["randint"](high, whole(shape), **kwargs))
+            return mine(lambda shape: drawn["randint"](high, shape, **kwargs), shape)
 
         self.drawn += 1
         fakes: dict[str, Any] = {
@@ -62,13 +61,15 @@ class Shared(QSM):
 class Normalised(Shared):
     """Its target is divided by a statistic of the batch."""
 
-    def score_matching(
-        self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        noisy = self.schedule.add_noise(action, t, noise)
-        g = self.q_gradient(observation, noisy)
-        eps = self.denoiser(observation, noisy, t)
-        return (eps + g / batch_mean(g.abs())).square().mean(), eps, g
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings | {"m_q": "batch"})
+
+
+class Adapted(Shared):
+    """Its target has a size that is adapted to statistics of the batch."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings | {"m_q": "auto"})
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -298,7 +298,7 @@ def test_the_shipped_pendulum_run_learns(precision: str, command: Command) -> No
 
 
 LEARN_PENDULUM: dict[str, list[str]] = {
-    "dacer": [],
+    "dacer": ["--model.loss.alpha_every=1000"],  # eight times
     "diffusion_ql": [],
     "sac": [],
     "sdac": [

@@ -24,7 +24,7 @@ DMC += ["walker_walk", "walker_run", "quadruped_walk", "humanoid_walk"]
 
 
 def test_all_promised_configurations_are_there() -> None:
-    algorithms = {f"algo/{name}" for name in {*ALGORITHMS} - {"qsm", *CONTINUOUS}}
+    algorithms = {f"algo/{name}" for name in {*ALGORITHMS} - {*CONTINUOUS}}
     continuous = {f"cqsm/{name}" for name in ("pendulum", "hopper", "cartpole_swingup", "lq")}
     assert GYM | {f"dmc/{name}" for name in DMC} | algorithms | {"algo/qsm_offline"} | continuous == set(NAMES)
 

@@ -11,7 +11,7 @@ import torch
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.losses import QSM
 from tests.compare import differences
-from tests.ranked import Fed, Normalised, Shared, frames_of, on_ranks
+from tests.ranked import Adapted, Fed, Normalised, Shared, frames_of, on_ranks
 
 STRATEGIES = ["ddp", "ddp_find_unused_parameters_true"]
 
@@ -23,18 +23,19 @@ STRATEGIES = ["ddp", "ddp_find_unused_parameters_true"]
         (Shared, "ddp", torch.float64),
         (Shared, STRATEGIES[1], torch.float32),
         (Normalised, "ddp", torch.float64),
+        (Adapted, "ddp", torch.float64),
     ],
 )
 def test_gradients_are_those_of_one_process_with_the_whole_batch(
     loss: type[QSM], strategy: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Of both optimizers in each of 100 updates, with the same frames and noise; also with statistics of the batch."""
+    """Of all optimizers in each of 100 updates, with the same frames and noise; also with statistics of the batch."""
     (one,) = on_ranks(1, tmp_path / "one", loss, Fed, strategy, 100, dtype)
     two = on_ranks(2, tmp_path / "two", loss, Fed, strategy, 100, dtype)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
     assert one["updates"] == two[0]["updates"] == 100
     assert one["frames"] == two[0]["frames"]
-    assert len(one["gradients"]) == 200
+    assert len(one["gradients"]) == 100 * len(one["optimizers"])
     for rank in two:
         for mine, whole in zip(rank["gradients"], one["gradients"], strict=True):
             torch.testing.assert_close(mine, whole, rtol=0, atol=tolerance)

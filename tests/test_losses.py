@@ -50,26 +50,29 @@ def quadratic_loss(**settings: object) -> QSMLoss:
 
 
 @pytest.mark.parametrize("score_at", ["noisy", "clean"])
-@pytest.mark.parametrize("q_grad", ["mean", "min_q"])
+@pytest.mark.parametrize("q_grad", ["mean", "min_q", "target_mean"])
+@pytest.mark.parametrize("bc_coef", [0.0, 0.3])
 def test_score_matching_with_quadratic_critics_in_closed_form(
-    score_at: Literal["noisy", "clean"], q_grad: Literal["mean", "min_q"]
+    bc_coef: float, score_at: Literal["noisy", "clean"], q_grad: Literal["mean", "min_q", "target_mean"]
 ) -> None:
     torch.manual_seed(0)
-    loss = quadratic_loss(score_at=score_at, q_grad=q_grad)
+    loss = quadratic_loss(score_at=score_at, q_grad=q_grad, bc_coef=bc_coef)
+    loss.target_critics = Quadratic([0.9, -0.1], [0.0, 3.0])
     action, noise, t = torch.rand(B, A) * 2 - 1, torch.randn(B, A), torch.randint(5, (B,))
     abar = torch.exp(torch.cumsum(torch.log(loss.schedule.alphas), 0))[t, None]
     noisy = abar.sqrt() * action + (1 - abar).sqrt() * noise
     at = noisy if score_at == "noisy" else action
     # the first critic is smaller everywhere in reach: -|a - .5|^2/2 < 3 - |a + .2|^2/2
-    best = 0.15 if q_grad == "mean" else 0.5
+    best = {"mean": 0.15, "min_q": 0.5, "target_mean": 0.4}[q_grad]
     expected_g = best - at
     residual = 0.4 * noisy + 7.0 * expected_g
+    cloned = 0.4 * noisy - noise
     value, eps, g = loss.score_matching(torch.zeros(B, OBS), action, t, noise)
     torch.testing.assert_close(g, expected_g)
     torch.testing.assert_close(eps, 0.4 * noisy)
-    torch.testing.assert_close(value, residual.square().mean())
+    torch.testing.assert_close(value, residual.square().mean() + bc_coef * cloned.square().mean())
     value.backward()
-    torch.testing.assert_close(loss.denoiser.w.grad, (2 * residual * noisy).mean())
+    torch.testing.assert_close(loss.denoiser.w.grad, (2 * (residual + bc_coef * cloned) * noisy).mean())
 
 
 def test_critic_loss_and_gradient_in_closed_form() -> None:

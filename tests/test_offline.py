@@ -290,21 +290,21 @@ def test_offline_alone(tmp_path: Path) -> None:
 def test_a_trained_policys_transitions_are_enough_to_learn_from(command: Command) -> None:
     """Half of them random: offline to four fifths of the way from -1200 to its return, and better yet online."""
 
-    def best(*args: str) -> float:
+    def last(*args: str) -> float:
         result = command("qsm-fit", *args, timeout=1800)
         assert result.returncode == 0, result.stderr
-        return float(re.search(r"best return: (-?[\d.]+)", result.stdout)[1])  # type: ignore[index]
+        return float(re.search(r"final return: (-?[\d.]+)", result.stdout)[1])  # type: ignore[index]
 
     pendulum = ["--config=pendulum", "--data.eval_selector=sample"]
-    taught = best(*pendulum, "--name=teacher")
+    taught = last(*pendulum, "--name=teacher")
     collected = command(
         "qsm-collect", "runs/teacher/version_0", "--frames=10000", "--random=0.5", "--out=mixed.npz", timeout=900
     )
     assert collected.returncode == 0, collected.stderr
     settings = [*pendulum, "--config=algo/qsm_offline", "--data.dataset=mixed.npz", "--data.eval_every_frames=1000"]
-    offline = best(*settings, "--data.offline_frames=3000", "--data.total_frames=3000", "--name=offline")
+    offline = last(*settings, "--data.offline_frames=3000", "--data.total_frames=3000", "--name=offline")
     assert offline > -1200 + 0.8 * (taught + 1200)
-    online = best("--resume=runs/offline/version_0", "--data.total_frames=6000")
+    online = last("--resume=runs/offline/version_0", "--data.total_frames=6000")
     assert online > offline
 
 
@@ -327,6 +327,8 @@ def test_collected_transitions(tmp_path: Path, capsys: pytest.CaptureFixture[str
     collect.run([str(run), "--frames=450", f"--out={tmp_path / 'three.npz'}", "--seed=1"])
     policy = datasets.load(str(tmp_path / "three.npz"), 3, 1)
     assert not equal(one, policy)
+    with pytest.raises(SettingError, match=r"--frames is 100000000000000: that takes .* TiB of memory.*give fewer"):
+        collect.run([str(run), f"--frames={10**14}", f"--out={tmp_path / 'four.npz'}"])
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,9 @@ def test_the_longer_of_two_of_the_same_counts(make: Make, tmp_path: Path, capsys
         ({"data__env": "Pendulum-v0"}, [], "Pendulum-v0 and Pendulum-v1.*versions"),
         ({"data__eval_selector": "best_of_n"}, [], "was not evaluated with sample: choose another --selector"),
         ({"data__eval_selector": "sample"}, ["gone"], "'gone'.*no run"),
-        ({"model__loss": {}}, [], "is not a run of qsm-fit"),
+        ({"model__loss": {}}, [], "is not a run of qsm-fit that can be read .KeyError"),
+        ({}, [""], "name a folder"),
+        ({}, ["A="], "name a folder"),
         ({"data__env": "some_module:Pendulum-v0"}, [], "different versions of Pendulum"),
         ({}, ["--selector=worst"], "worst"),
         ({}, ["--archive=pyproject.toml"], "--archive is"),
@@ -228,6 +230,31 @@ def test_what_does_not_compare_is_refused(
     with pytest.raises(SettingError, match=pattern):
         report.run([str(tmp_path), *args, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_versions_of_an_environment_in_continuous_time_do_not_compare(make: Make, tmp_path: Path) -> None:
+    for version in (0, 1):
+        make(str(version), {10: 1.0}, data__env=f"continuous:Pendulum-v{version}?sigma=1")
+    with pytest.raises(SettingError, match="different versions of Pendulum"):
+        report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("damage", ["list", "manifest", "yaml"])
+def test_a_damaged_run_is_named(damage: str, make: Make, tmp_path: Path) -> None:
+    run = make("one", {10: 1.0})
+    if damage == "list":
+        (run / "versions.json").write_text("[1, 2]")
+    elif damage == "yaml":
+        (run / "config.yaml").write_text("data: {")
+    else:
+        (run / "versions.json").unlink()
+        (run / "checkpoints/000000010").mkdir(parents=True)
+        (run / "checkpoints/000000010/manifest.json").write_text("{")
+    with pytest.raises(
+        SettingError, match=f"{run} is not a run of qsm-fit that can be read .*: leave it out"
+    ) as caught:
+        report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "object at 0x" not in str(caught.value)
 
 
 def test_it_can_be_insisted_on(make: Make, tmp_path: Path) -> None:

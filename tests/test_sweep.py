@@ -58,6 +58,7 @@ def test_the_plan_has_each_seed_of_all_before_the_next(tmp_path: Path) -> None:
     [
         (["--seeds=4-0"], "--seeds is '4-0'"),
         (["--seeds=0,0"], "--seeds.*twice"),
+        (["--seeds=0-999999999"], "--seeds.*at most"),
         (["--seeds=a"], "--seeds is 'a'"),
         (["--jobs=0"], "--jobs is 0"),
         (["--vary=model.loss"], "--vary is 'model.loss': write KEY=A,B"),

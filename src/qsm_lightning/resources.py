@@ -45,7 +45,8 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1)
         free = available_memory()
         require(
             size <= free,
-            f"{setting} {_size(size)} of memory, and {_size(free)} is free; lower it, or set data.storage to memmap",
+            f"{setting} {readable(size)} of memory, and {readable(free)} is free; lower it, or set data.storage to "
+            "memmap",
         )
     needs: dict[int, int] = defaultdict(int)  # by device: folders may share a disk
     places: dict[int, Path] = {}
@@ -58,12 +59,12 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1)
         free = shutil.disk_usage(places[device]).free
         require(
             needed <= free,
-            f"{setting} {_size(needed)} more of disk at {places[device]}, and {_size(free)} is free; lower it, free "
-            "some, set data.save_buffer to false, or choose another trainer.default_root_dir or data.storage_dir",
+            f"{setting} {readable(needed)} more of disk at {places[device]}, and {readable(free)} is free; lower it, "
+            "free some, set data.save_buffer to false, or choose another trainer.default_root_dir or data.storage_dir",
         )
     where = "mapped files" if mapped else "memory"
-    on_disk = f", up to {_size(archive)} in {run / runs.CHECKPOINTS}" if saved else ""
-    return f"replay buffer: {frames} frames{here}, {_size(size)} in {where}{on_disk}"
+    on_disk = f", up to {readable(archive)} in {run / runs.CHECKPOINTS}" if saved else ""
+    return f"replay buffer: {frames} frames{here}, {readable(size)} in {where}{on_disk}"
 
 
 def _add(needs: dict[int, int], places: dict[int, Path], folder: Path, size: int) -> None:
@@ -108,7 +109,7 @@ def _left(folder: Path, limit: str, used: str) -> Iterator[int]:
         yield int(allowed) - taken + int(stat.get("inactive_file", 0))
 
 
-def _size(count: int) -> str:
+def readable(count: int) -> str:
     """A number of bytes in the unit that suits it."""
     size, unit = float(count), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):

@@ -16,7 +16,8 @@ from qsm_lightning.commands.trained import Trained, add_checkpoint, load
 from qsm_lightning.durable import check_writable
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require
-from qsm_lightning.replay import make_replay_buffer
+from qsm_lightning.replay import frame_bytes, make_replay_buffer
+from qsm_lightning.resources import available_memory, readable
 from qsm_lightning.seeding import Purpose, derive_seed
 
 
@@ -84,6 +85,15 @@ def run(args: list[str] | None = None) -> None:
     require(
         options.actions in selectors,
         f"--actions is {options.actions}: {type(trained.module.loss).__name__} has {' and '.join(selectors)}",
+    )
+    hparams = trained.module.hparams
+    arrays = 2  # the buffer, and what is written
+    size = arrays * options.frames * frame_bytes(hparams["observation_dim"], hparams["action_dim"])
+    free = available_memory()
+    require(
+        size <= free,
+        f"--frames is {options.frames}: that takes {readable(size)} of memory, and {readable(free)} is free; "
+        "give fewer",
     )
     frames, seen = collect(trained, options.frames, options.actions, options.random, options.seed)
     options.out.parent.mkdir(parents=True, exist_ok=True)

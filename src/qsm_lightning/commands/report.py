@@ -62,6 +62,7 @@ def run(args: list[str] | None = None) -> None:
             not set(label) & set("$|\\\n") and not label.startswith("_"),
             f"RUNS has {text!r}: a label begins with no _ and has no $, | or backslash; choose another",
         )
+        require(bool(path if equals else text), f"RUNS has {text!r}: name a folder, such as . for this one")
         for folder in results.find(Path(path if equals else text)):
             result = results.read(folder, options.selector, options.force)
             if result is not None:

@@ -43,6 +43,8 @@ Examples:
   qsm-sweep --config hopper --variant fixed= --variant "auto=--model.loss.m_q auto" --variant "sac=--model.loss sac"
 """
 
+MOST_SEEDS = 10_000
+
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``qsm-sweep``. See ``qsm-sweep --help``."""
@@ -147,6 +149,10 @@ def seeds_of(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if match is None or int(match[1]) > int(match[2] or match[1]):
             raise SettingError(f"--seeds is {text!r}: write 0-4 or 0,2,7")
+        require(
+            int(match[2] or match[1]) - int(match[1]) < MOST_SEEDS,
+            f"--seeds is {text!r}: a range has at most {MOST_SEEDS} seeds; give fewer",
+        )
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     require(len(set(found)) == len(found), f"--seeds is {text!r}: a seed is there twice; give each once")
     return found

@@ -116,17 +116,18 @@ def read(run: Path, selector: str, force: bool = False) -> Result | None:
         points = {int(float(row["step"])): float(row[column]) for row in rows if row.get(column)}
         result = Result(run, config, _versions(run), *(np.array(list(v), float) for v in (points, points.values())))
         result.env, result.seed, result.algorithm  # noqa: B018
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, checkpoints.DamagedError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, SettingError):
             raise
-        raise SettingError(f"{run} is not a run of qsm-fit ({error!r}): leave it out") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise SettingError(f"{run} is not a run of qsm-fit that can be read ({reason}): leave it out") from error
     return result if points else None
 
 
 def _versions(run: Path) -> dict[str, str]:
     """Of the packages that a run was made with: kept beside it, or from its newest checkpoint."""
     if (run / VERSIONS).is_file():
-        return json.loads((run / VERSIONS).read_text())
+        return {str(name): str(version) for name, version in dict(json.loads((run / VERSIONS).read_text())).items()}
     saved = checkpoints.complete(run / runs.CHECKPOINTS)
     return saved[-1].manifest()["versions"] if saved else {}
 
@@ -217,7 +218,7 @@ def compare(
 
 def _base(env: str) -> str:
     """The name of an environment without its version and where it comes from."""
-    return re.sub(r"-v\d+$", "", re.sub(r"^(?!dmc:)[\w.]+:", "", env))
+    return re.sub(r"-v\d+(?=\?|$)", "", re.sub(r"^(?!dmc:)[\w.]+:", "", env))
 
 
 def common_frames(by_label: Mapping[str, list[Result]]) -> list[int]:
