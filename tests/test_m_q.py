@@ -78,23 +78,24 @@ def test_it_finds_the_slope_of_the_best_noise_predictor(curvature: float, T: int
     assert settled(loss) * curvature == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("unit", [2.0**-10, 2.0**10])
+@pytest.mark.parametrize("unit", [2.0**-10, 3.0, 2.0**10])
 @pytest.mark.parametrize("critics", [Bowl(1.0, 0.3), Bowl(8.0), Slope(0.5)], ids=["bowl", "steep", "slope"])
-def test_in_another_unit_of_reward_every_step_is_the_same_to_the_bit(critics: nn.Module, unit: float) -> None:
-    """From the first on, with the shipped rate: Q times k has M_q / k, and the denoiser the same targets."""
+def test_in_another_unit_of_reward_every_step_is_the_same(critics: nn.Module, unit: float) -> None:
+    """With the shipped rate, from the first on: Q times k has M_q / k, to the bit for powers of two, and one target."""
     scaled = deepcopy(critics)
     for p in scaled.parameters():
         p.data *= unit
     loss, other = (made(critics, m_q_lr=3e-3) for critics in (critics, scaled))
-    assert [m_q / unit for m_q in adapted(loss, 300)] == [*adapted(other, 300)]
+    expected, found = [m_q / unit for m_q in adapted(loss, 300)], [*adapted(other, 300)]
+    assert found == pytest.approx(expected, rel=1e-3 if unit == 3 else 0)
     batch, t, noise = replay_batch(256, OBS, A), torch.randint(5, (256,)), torch.randn(256, A)
     values = [one.score_matching(batch["observation"], batch["action"], t, noise)[0] for one in (loss, other)]
-    assert values[0].item() == values[1].item()
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-3 if unit == 3 else 0)
 
 
-def test_the_slope_that_is_to_be_left_makes_it_softer() -> None:
-    """For small actions, which no bound stops, M_q H = (1 - rho sqrt(alpha_0)) / sqrt(1 - abar_0)."""
-    loss = made(Bowl(100.0), m_q_slope=0.4)
+def test_the_slope_that_is_left_where_no_bound_stops() -> None:
+    """For small actions, rho is left by M_q H = (1 - rho sqrt(alpha_0)) / sqrt(1 - abar_0)."""
+    loss = made(Bowl(100.0))
     alpha = loss.schedule.alphas[0]
     m_q = (1 - 0.4 * alpha.sqrt()) / (1 - alpha).sqrt() / 100
     small = 0.1 * torch.randn(1000, A)
@@ -134,7 +135,7 @@ def test_on_a_bandit_samples_have_the_mean_and_the_deviation_of_the_closed_form(
 
     exp(Q / tau) has the variance v = tau / H; the noise predictor of that policy has at step 0 the slope
     sqrt(1 - alpha_0) / (alpha_0 v + 1 - alpha_0). That is the rule's M_q H for v = (1 - alpha_0) rho / (sqrt(alpha_0)
-    (1 - rho sqrt(alpha_0))). At the other steps M_q H is steeper than that policy's, so samples are less wide.
+    (1 - rho sqrt(alpha_0))). Samples are less wide, as are those of that predictor itself: the last step adds no noise.
     """
     H = 4.0
     loss = made(Bowl(H, best), T, m_q_slope=slope)
@@ -158,6 +159,17 @@ def test_on_a_bandit_samples_have_the_mean_and_the_deviation_of_the_closed_form(
     assert (fixed.abs() > 0.999).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("T", [5, 10, 20])
+def test_samples_end_at_a_best_action_near_a_bound(T: int) -> None:
+    loss = made(Bowl(4.0, -0.7), T, m_q_slope=0.0)
+    denoiser: Any = Linear(settled(loss) * 4.0, -0.7)
+    torch.manual_seed(1)
+    noise = torch.randn(T + 1, 4000, A)
+    found = reverse_process(denoiser, loss.schedule, torch.zeros(4000, OBS), noise[-1], noise[:-1])[-1]
+    assert abs(found.mean() + 0.7) < 0.12
+    assert found.std() < 0.12
+
+
 @pytest.mark.parametrize("c", [0.003, 0.3, 30.0])
 def test_a_slope_without_a_top_is_climbed_to_the_bounds_and_no_further(c: float) -> None:
     """rho is 1 while no step reaches them, and the share of the climb that they have not stopped when some do."""
@@ -175,11 +187,29 @@ def test_a_slope_without_a_top_is_climbed_to_the_bounds_and_no_further(c: float)
     assert loss.slope_left(observation, action, z, 1e9 / c) == 0
 
 
-def test_without_any_slope_nothing_moves() -> None:
+def test_without_any_slope_the_target_is_zero() -> None:
+    """However large its size has become."""
     loss, batch = made(Slope(0.0)), replay_batch(256, OBS, A)
+    with torch.no_grad():
+        loss.log_size.fill_(60.0)
     value, metrics = loss.m_q_loss(batch)
-    assert metrics["slope_left"] == 0
+    assert (metrics["slope_left"], metrics["m_q"]) == (0, 0)
     assert value.isfinite()
+    t, noise = torch.randint(5, (256,)), torch.randn(256, A)
+    for loss.m_q in ("auto", "batch"):
+        value, eps, _ = loss.score_matching(batch["observation"], batch["action"], t, noise)
+        assert value.item() == eps.square().mean().item() > 0
+
+
+def test_a_checkpoint_that_held_m_q_itself_goes_on_with_a_size_of_one() -> None:
+    loss, other = made(Bowl(1.0)), made(Bowl(1.0))
+    saved = loss.state_dict()
+    saved["log_m_q"] = saved.pop("log_size") + 3
+    with torch.no_grad():
+        other.log_size.fill_(2.0)
+    other.load_state_dict(saved)
+    assert other.log_size.item() == 0
+    assert "log_m_q" in saved
 
 
 def test_the_share_of_the_slope_that_is_left_by_hand() -> None:
@@ -215,7 +245,8 @@ def test_it_is_what_the_denoiser_is_scaled_by_and_only_its_term_moves_it() -> No
 
 
 def test_it_looks_at_every_fourth_frame() -> None:
-    """So at both parts of a minibatch that is a dataset's for one half, and in K processes at what one looks at."""
+    """So at both parts of a minibatch that is a dataset's for one half, and in K processes at what one looks at, where
+    four divides the part of each."""
     loss, batch = made(Bowl(2.0, 0.3)), replay_batch(256, OBS, A)
     torch.manual_seed(0)
     value, _ = loss.m_q_loss(batch)

@@ -88,7 +88,7 @@ def run(args: list[str] | None = None) -> None:
     )
     hparams = trained.module.hparams
     arrays = 2  # the buffer, and what is written
-    size = arrays * options.frames * frame_bytes(hparams["observation_dim"], hparams["action_dim"])
+    size = arrays * options.frames * frame_bytes(hparams["observation_dim"], hparams["action_dim"], timed=True)
     free = available_memory()
     require(
         size <= free,

@@ -90,7 +90,9 @@ class QSMLoss(DiffusionLoss):
         self.batch_temperature = batch_temperature
         self.m_q_slope = m_q_slope
         if m_q == "auto":
-            self.log_size = nn.Parameter(torch.zeros(1))  # in float64, torch's compiler loses a scalar's gradient
+            self.log_size = nn.Parameter(
+                torch.zeros(1)
+            )  # not a scalar, whose gradient torch's compiler loses in float64
             self.terms = (*self.terms, "m_q")
             self.learning_rates = {"m_q": m_q_lr}
 
@@ -114,14 +116,15 @@ class QSMLoss(DiffusionLoss):
         return noisy, self.q_gradient(observation, noisy if self.score_at == "noisy" else action)
 
     def scale(self, g: Tensor, t: Tensor) -> float | Tensor:
-        """M_q, or what stands in its place, for slopes g [B, A] of actions noised for steps t [B]; scalar or [B, 1]."""
+        """M_q, or what stands in its place, for slopes g [B, A] at steps t [B]: a number, [1] or [B, 1]."""
         if not isinstance(self.m_q, str):
             return self.m_q
         if self.m_q == "auto":
             size = self.log_size.detach().exp()
         else:
             size = self.schedule.sqrt_one_minus_alpha_hats[t, None] / self.batch_temperature
-        return size / batch_mean(g.abs()).clamp(min=1e-30)
+        mean = batch_mean(g.abs())
+        return (mean > 0) * size / mean.clamp(min=torch.finfo(g.dtype).tiny)
 
     def _steps(self, action: Tensor) -> Tensor:
         """t [B], uniform."""
@@ -144,7 +147,7 @@ class QSMLoss(DiffusionLoss):
             observation: s, [B, O].
             action: a, [B, A].
             noise: z, [B, A].
-            m_q: M_q, scalar.
+            m_q: M_q, a number or [1].
         """
         schedule = self.schedule
         noisy = schedule.add_noise(action, torch.zeros(len(action), dtype=torch.long, device=action.device), noise)
@@ -166,7 +169,13 @@ class QSMLoss(DiffusionLoss):
         m_q = cast(Tensor, self.scale(g, t))
         rho = self.slope_left(observation, action, torch.randn_like(action), m_q)
         loss = -((rho.clamp(-1, 1) - self.m_q_slope) * self.log_size).sum()
-        return loss, {"m_q": m_q.squeeze(), "slope_left": rho}
+        size = self.log_size.detach().exp()
+        return loss, {"m_q": m_q.squeeze(), "target_size": size.squeeze(), "slope_left": rho}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if state_dict.pop(f"{prefix}log_m_q", None) is not None:  # an older checkpoint's, which was M_q itself
+            state_dict[f"{prefix}log_size"] = torch.zeros(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def term_modules(self, term: str) -> list[nn.Module]:
         return [nn.ParameterList([self.log_size])] if term == "m_q" else super().term_modules(term)
