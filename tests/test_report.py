@@ -181,8 +181,11 @@ def test_the_page_needs_nothing_else(make: Make, tmp_path: Path) -> None:
 
 def test_kept_results_are_runs_again(make: Make, tmp_path: Path) -> None:
     make("runs/q0", {10: 1.0, 20: 2.0})
-    make("runs/q1", {10: 1.0, 20: 4.0}, seed_everything=1)
+    make("runs/q1", {10: 1.0, 20: 4.0}, seed_everything=1, trainer__default_root_dir="/home/me")
     report.run([str(tmp_path / "runs"), "--out", str(tmp_path / "one"), "--archive", str(tmp_path / "kept")])
+    kept = (tmp_path / "kept/Pendulum-v1/qsm/seed=1/config.yaml").read_text()
+    assert "/home/me" not in kept
+    assert yaml.safe_load(kept)["model"] == yaml.safe_load((tmp_path / "runs/q1/config.yaml").read_text())["model"]
     assert "loss/actor" not in (tmp_path / "kept/Pendulum-v1/qsm/seed=1/metrics.csv").read_text()
     report.run([str(tmp_path / "kept"), "--out", str(tmp_path / "two")])
     for name in ("table.csv", "evaluations.csv", "curves.png"):

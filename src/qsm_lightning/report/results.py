@@ -239,7 +239,9 @@ def archive(comparison: Comparison, folder: Path) -> None:
             for result in results:
                 place = folder / re.sub(r"[/: ]+", "-", env) / re.sub(r"[/: ]+", "-", name) / f"seed={result.seed}"
                 place.mkdir(parents=True, exist_ok=True)
-                durable.write_file(place / runs.CONFIG, (result.run / runs.CONFIG).read_bytes())
+                trainer = {k: v for k, v in result.config.get("trainer", {}).items() if k != "default_root_dir"}
+                config = result.config | {"trainer": trainer}  # and no path of this machine
+                durable.write_file(place / runs.CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
                 durable.write_file(place / VERSIONS, json.dumps(result.versions, indent=2).encode())
                 durable.write_file(place / runs.METRICS, _evaluations(result.run).encode())
 
