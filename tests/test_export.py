@@ -27,7 +27,7 @@ from qsm_lightning.envs import make_env, make_gym
 from qsm_lightning.errors import SettingError
 from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.exporting import Acting, Inputs, exact_action, example_inputs, exported, largest_difference, traced
-from qsm_lightning.losses import QSM, SAC, SDAC, TD3, DiffusionQL, OffPolicyLoss
+from qsm_lightning.losses import ALGORITHMS, CQSM, DACER, QSM, SAC, SDAC, TD3, CQSMDiffusion, DiffusionQL, OffPolicyLoss
 from qsm_lightning.policy import DiffusionPolicy, ExplorationPolicy, Policy
 from qsm_lightning.seeding import Purpose, derive_seed
 from tests.helpers import ROOT, SHRINK, has
@@ -39,11 +39,18 @@ needs_onnx = pytest.mark.skipif(
 FORMATS = ["torch-export", pytest.param("onnx", marks=needs_onnx)]
 POLICIES: dict[str, tuple[Callable[..., OffPolicyLoss], str]] = {
     "QSM": (partial(QSM, T=3), "sample"),
+    "CQSM": (partial(CQSM, max_speed=1.0), "sample"),
+    "CQSM, diffusion": (partial(CQSMDiffusion, T=2), "sample"),
+    "DACER": (partial(DACER, T=2), "sample"),
     "Diffusion-QL, unclipped": (partial(DiffusionQL, T=2, clip_sampler=False, temperature=0.5), "sample"),
     "SDAC, best of n": (partial(SDAC, T=2), "best_of_n"),
     "SAC": (SAC, "sample"),
     "TD3": (TD3, "sample"),
 }
+
+
+def test_every_algorithm_is_among_them() -> None:
+    assert {getattr(make, "func", make) for make, _ in POLICIES.values()} == set(ALGORITHMS.values())
 
 
 def random_policy(name: str = "QSM") -> Policy:

@@ -139,6 +139,50 @@ def test_a_minari_dataset(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(found[key], wanted[key])
 
 
+DISCRETE, BOX, TEXT = gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (1,)), gym.spaces.Text(1, min_length=1)
+
+
+@pytest.mark.skipif(not has("minari"), reason="the extra offline is not installed")
+@pytest.mark.parametrize(
+    ("observation", "action", "pattern"),
+    [
+        (BOX, DISCRETE, r"its actions are Discrete\(2\), and only bounded continuous ones"),
+        (BOX, gym.spaces.Box(-np.inf, 1, (1,)), "its actions are Box.*only bounded continuous ones"),
+        (TEXT, BOX, "its observations are not arrays of numbers"),
+        (
+            gym.spaces.Box(-1, 1, (2,)),
+            gym.spaces.Box(-1, 1, (2,)),
+            r"actions have the shape \[2\], and data.env has \[1\]",
+        ),
+    ],
+)
+def test_a_minari_dataset_that_does_not_fit_is_refused(
+    observation: gym.Space[Any], action: gym.Space[Any], pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    seen = [observation.sample(), observation.sample()]
+    buffer = EpisodeBuffer(
+        observations=seen if observation is TEXT else np.stack(seen),
+        actions=np.stack([action.sample()]),
+        rewards=[0.0],
+        terminations=[True],
+        truncations=[False],
+    )
+    minari.create_dataset_from_buffers("odd/test-v0", [buffer], observation_space=observation, action_space=action)
+    with pytest.raises(SettingError, match=pattern):
+        OffPolicyDataModule(CLOCK, dataset="minari:odd/test-v0")
+
+
+@pytest.mark.skipif(not has("minari"), reason="the extra offline is not installed")
+def test_a_minari_name_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    with pytest.raises(SettingError, match=r"'minari:not a name': Minari cannot load it \(.*list_remote_datasets"):
+        OffPolicyDataModule(CLOCK, dataset="minari:not a name")
+
+
 def test_the_saved_buffer_of_a_run(tmp_path: Path) -> None:
     run = trained(tmp_path, "--config=pendulum", *SHRINK, "--data.buffer_size=50", "--model.compile=false")
     saved = TensorDict(state(run)["OffPolicyDataModule"]["ranks"][0]["replay"], [50]).unflatten_keys(".")

@@ -330,6 +330,8 @@ def _fit(args: list[str] | None) -> None:
             os.environ[CHOSEN] = str(checkpoint.path)
         at = f" from frame {checkpoint.order[0]}" if checkpoint else ""
         print(f"qsm-fit: {run}{at}\n{size}", flush=True)
+        if cli.model.compiles(cli.trainer, cli.datamodule):
+            print("compiling the update: a minute or so the first time, seconds when torch has kept it", flush=True)
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint.state if checkpoint else None, weights_only=True)
     except (Interrupted, EnvironmentFault) as stop:

@@ -82,7 +82,8 @@ def _unknown(key: str, known: list[str]) -> str:
     if key in known:
         owners = [name for name, cls in losses.ALGORITHMS.items() if key.rpartition(".")[2] in loss_settings(cls)]
         return (
-            f"{key} is a setting of {', '.join(owners)}, not of what model.loss names: leave it out, or choose another"
+            f"{key} is a setting of {', '.join(owners)}, not of what model.loss names: leave it out, or choose another "
+            "(an algorithm's configuration goes after the task's)"
         )
     near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
     same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
