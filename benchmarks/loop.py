@@ -136,7 +136,8 @@ def run_qsm(options: argparse.Namespace, clock: Clock) -> None:
                 *(f"--data.env={options.env}", f"--data.num_envs={options.num_envs}", f"--data.utd={options.utd}"),
                 *(f"--data.init_random_frames={WARM_UP}", f"--data.total_frames={clock.end + options.num_envs}"),
                 *("--data.eval_every_frames=1000000000", "--data.eval_episodes=1", "--data.eval_selector=sample"),
-                *(f"--model.loss.hidden={options.hidden}", "--model.compile=true", "--trainer.accelerator=cpu"),
+                *(f"--model.loss.hidden={options.hidden}", "--model.compile=true", "--trainer.devices=1"),
+                *(f"--trainer.accelerator={options.accelerator}", "--data.storage=device"),
                 *(f"--trainer.default_root_dir={folder}", "--trainer.callbacks+=benchmarks.loop.Ticking"),
             ]
         )
@@ -310,6 +311,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to measure (default: all)")
     parser.add_argument("--env", default="Hopper-v5", help="environment (default: %(default)s)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 256], help="widths (default: %(default)s)")
+    parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"], help="of qsm (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=1000, help="frames that count at utd 1 (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each way (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads (all cores)")

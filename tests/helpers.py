@@ -51,6 +51,7 @@ if GL is not None:  # read when dm_control is imported
 needs_gl = pytest.mark.skipif(GL is None, reason="MuJoCo can render with neither egl nor osmesa here")
 needs_dmc = pytest.mark.skipif(not has("dm_control"), reason="the extra dmc is not installed")
 needs_compiler = pytest.mark.skipif(bool(why_not()), reason=why_not() or "it can")
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 needs_envpool = pytest.mark.skipif(not has("envpool"), reason="the extra envpool is not installed")
 
 

@@ -253,13 +253,3 @@ def test_the_state_of_another_number_of_gpus_leaves_theirs_alone() -> None:
     load_generators_state(state)
     after = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     assert same(before, after)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_generators_go_on_exactly() -> None:
-    state = through_file(generators_state())
-    expected = torch.randn(3, device="cuda")
-    torch.cuda.manual_seed_all(5)
-    load_generators_state(state)
-    assert torch.equal(torch.randn(3, device="cuda"), expected)

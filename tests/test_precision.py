@@ -27,7 +27,7 @@ from qsm_lightning.networks import Critics, Denoiser
 from qsm_lightning.precision import check_precision
 from tests.compare import differences, state
 from tests.helpers import SHRINK
-from tests.processes import fit, trained
+from tests.processes import trained
 from tests.test_parity import CASES, rebuilt
 
 SIZES: dict[str, Any] = {"hidden": (8,), "time_dim": 4, "T": 2}
@@ -272,11 +272,3 @@ def test_a_stopped_run_goes_on_with_its_loss_scale(tmp_path: Path, monkeypatch: 
         ends.append((module.state_dict(), trainer.precision_plugin.state_dict(), module.skipped_steps))
     assert not differences(ends[0], ends[1])
     assert ends[0][2] == 2
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
-def test_mixed_precision_on_a_gpu(precision: str, tmp_path: Path) -> None:
-    settings = ["--trainer.accelerator=gpu", "--trainer.devices=1", f"--trainer.precision={precision}"]
-    fit(tmp_path, "--config=pendulum", *SHRINK, *settings, "--trainer.gradient_clip_val=1")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qsm_lightning import resources, runs
 from qsm_lightning.datamodule import OffPolicyDataModule
@@ -27,6 +28,8 @@ def test_the_size_is_that_of_the_frames_that_will_be_there(tmp_path: Path) -> No
     assert line == f"replay buffer: 400 frames, 16.4 KiB in memory, up to 26.6 KiB in {tmp_path}/checkpoints"
     line = resources.report(data(storage="memmap", save_buffer=False), tmp_path, saved=True)
     assert line == "replay buffer: 1000 frames, 41 KiB in mapped files"
+    line = resources.report(data(storage="device"), tmp_path, saved=False)
+    assert line == "replay buffer: 1000 frames, 41 KiB in memory"
 
 
 @pytest.mark.parametrize("free", [1000 * MEMORY - 1, 1000 * MEMORY])
@@ -38,6 +41,21 @@ def test_memory(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     else:
         resources.report(data(), tmp_path, saved=False)
     resources.report(data(storage="memmap"), tmp_path, saved=False)
+
+
+@pytest.mark.parametrize("free", [1000 * MEMORY - 1, 1000 * MEMORY])
+def test_memory_of_a_gpu(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "available_memory", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    device, on_gpu = torch.device("cuda:1"), data(storage="device")
+    if free < 1000 * MEMORY:
+        with pytest.raises(SettingError, match="41 KiB of the memory of cuda:1, .*set data.storage to memory"):
+            resources.report(on_gpu, tmp_path, False, device=device)
+    else:
+        line = resources.report(on_gpu, tmp_path, False, device=device)
+        assert line == "replay buffer: 1000 frames, 41 KiB on cuda:1"
+    with pytest.raises(SettingError, match="41 KiB of memory, .*set data.storage to memmap"):
+        resources.report(data(), tmp_path, False, device=device)
 
 
 @pytest.mark.parametrize(

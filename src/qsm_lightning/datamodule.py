@@ -100,7 +100,8 @@ class OffPolicyDataModule(LightningDataModule):
         init_random_frames: frames of uniform random actions before the first update, at least batch_size.
         batch_size: frames per gradient update, over all ranks: each samples an equal part.
         buffer_size: capacity of the replay buffer in frames, over all ranks.
-        storage: where the buffer lives: memory, or memmap (files mapped into memory).
+        storage: where the buffer lives: memory, memmap (files mapped into memory), or the device that trains, from
+            whose memory minibatches then come.
         storage_dir: folder in which memmap makes its own, removed at the end; the run's folder by default.
         save_buffer: save the replay buffer with every checkpoint; without it a resumed run has to refill the buffer.
         utd: gradient updates per frame; may be a fraction.
@@ -304,7 +305,8 @@ class OffPolicyDataModule(LightningDataModule):
             mine = self.ranks.part(len(self._dataset))  # in one piece, as frames may have to follow each other
             part = self._dataset[mine.start : mine.stop]
             copies = self._copies_of(part) if self._loss.window > 1 else 1
-            self.offline = make_replay_buffer(len(part), None, self._seed(Purpose.OFFLINE_SAMPLER), copies)
+            seed = self._seed(Purpose.OFFLINE_SAMPLER)
+            self.offline = make_replay_buffer(len(part), None, seed, copies, self._storage_device)
             self.offline.extend(part)
             self._dataset = None
 
@@ -341,7 +343,12 @@ class OffPolicyDataModule(LightningDataModule):
     def _make_buffer(self, capacity: int) -> None:
         folder = str(self._mapped) if self._mapped else None
         copies = self.num_envs * (1 if self.collector_kind == "local" else self.collector_workers)
-        self.buffer = make_replay_buffer(capacity, folder, self._seed(Purpose.SAMPLER), copies)
+        self.buffer = make_replay_buffer(capacity, folder, self._seed(Purpose.SAMPLER), copies, self._storage_device)
+
+    @property
+    def _storage_device(self) -> torch.device:
+        assert self.trainer is not None
+        return self.trainer.strategy.root_device if self.storage == "device" else torch.device("cpu")
 
     def start(self) -> None:
         """Begin to collect, with the random streams of a new run or the saved ones: the last thing before training."""

@@ -51,6 +51,7 @@ class OffPolicyModule(LightningModule):
             is evaluated; none by default.
         compile: make each update one compiled function (true), or not (false); auto does in runs of at least 20,000
             updates by one process on a CPU, where there is a C++ compiler. Acting is compiled as well, where it can be.
+            On a GPU the compiled update is replayed as a CUDA graph.
 
     Raises:
         SettingError: for a value out of range.

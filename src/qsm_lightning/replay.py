@@ -17,7 +17,7 @@ from qsm_lightning.continuous import TIME_STEP
 from qsm_lightning.errors import SettingError, require
 from qsm_lightning.watch import beat
 
-Storage = Literal["memory", "memmap"]
+Storage = Literal["memory", "memmap", "device"]
 
 # Each stored frame: what an off-policy loss may read. Everything else a collector writes is left out.
 FRAME_KEYS = (
@@ -72,8 +72,9 @@ class FrameBuffer(ReplayBuffer):
 
     def sample(self, batch_size: int) -> TensorDict:
         """Frames [batch_size], drawn with replacement."""
-        index = torch.randint(0, len(self._storage), (batch_size,), generator=self._rng)
-        drawn = dict(zip(self.keys, (leaf.index_select(0, index) for leaf in self._leaves), strict=True))
+        leaves = self._leaves
+        index = torch.randint(0, len(self._storage), (batch_size,), generator=self._rng).to(leaves[0].device)
+        drawn = dict(zip(self.keys, (leaf.index_select(0, index) for leaf in leaves), strict=True))
         following = {key[1]: drawn.pop(key) for key in self.keys if isinstance(key, tuple)}
         return TensorDict({**drawn, "next": TensorDict(following, [batch_size])}, [batch_size])
 
@@ -91,15 +92,16 @@ class FrameBuffer(ReplayBuffer):
             Frames [batch_size] with leaves [batch_size, length, ...], and ``in_window`` [batch_size, length]; what is
             not in it is of other windows.
         """
-        size = len(self._storage)
+        size, leaves = len(self._storage), self._leaves
         oldest = self._writer._cursor % size
         place = torch.randint(0, size, (batch_size, 1), generator=self._rng) + self.copies * torch.arange(length)
+        place = place.to(leaves[0].device)
         index = (oldest + place) % size
-        frames = TensorDict(dict(zip(self.keys, (leaf[index] for leaf in self._leaves), strict=True)), [batch_size])
+        frames = TensorDict(dict(zip(self.keys, (leaf[index] for leaf in leaves), strict=True)), [batch_size])
         before = frames["next", "observation"][:, :-1]
         follows = (frames["observation"][:, 1:] == before).all(-1) & ~frames["next", "done"][:, :-1, 0]
         follows &= place[:, 1:] < size
-        inside = torch.cat([torch.ones(batch_size, 1, dtype=torch.bool), follows], 1).cummin(1).values
+        inside = torch.cat([torch.ones_like(follows[:, :1]), follows], 1).cummin(1).values
         return frames.set("in_window", inside)
 
     @property
@@ -123,7 +125,9 @@ def copies_in(frames: TensorDictBase, most: int = 64) -> tuple[int, float]:
     return copies, found.get(copies, 0.0)
 
 
-def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0, copies: int = 1) -> FrameBuffer:
+def make_replay_buffer(
+    size: int, folder: str | None = None, seed: int = 0, copies: int = 1, device: torch.device | str = "cpu"
+) -> FrameBuffer:
     """A ring of ``size`` frames sampled uniformly, by a generator of its own.
 
     Args:
@@ -131,8 +135,9 @@ def make_replay_buffer(size: int, folder: str | None = None, seed: int = 0, copi
         folder: where to keep the frames in files mapped into memory, an empty folder; in memory by default.
         seed: seed of the sampler.
         copies: how many environments take turns in it, for windows of frames that follow each other.
+        device: where to keep the frames if not in files.
     """
-    frames = LazyTensorStorage(size) if folder is None else LazyMemmapStorage(size, scratch_dir=folder)
+    frames = LazyTensorStorage(size, device=device) if folder is None else LazyMemmapStorage(size, scratch_dir=folder)
     buffer = FrameBuffer(storage=frames)
     buffer.set_rng(torch.Generator().manual_seed(seed))
     buffer.copies = copies
@@ -192,7 +197,7 @@ class ReplayArchive:
         beat()
         stop = min(total, first + max(1, CHUNK_BYTES // size))
         frames = buffer[torch.arange(first, stop) % buffer.storage.max_size].select(*keys)
-        content = durable.packed({name: value.contiguous() for name, value in frames.flatten_keys(".").items()})
+        content = durable.packed({name: value.cpu().contiguous() for name, value in frames.flatten_keys(".").items()})
         record = durable.record_of(content)
         name = f"{self.rank}-{first:012}-{stop:012}-{record['sha256'][:12]}.pt"
         durable.write_file(self.folder / name, content)

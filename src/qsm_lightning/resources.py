@@ -10,16 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import torch
 
 from qsm_lightning import checkpoints, runs
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import require
 from qsm_lightning.replay import frame_bytes
 
+CPU = torch.device("cpu")
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1) -> str:
+def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1, device: torch.device = CPU) -> str:
     """One line on the size of the replay buffer, in memory and on disk.
 
     On disk the newest checkpoint and the best may have no frame in common, so that once the ring has wrapped there can
@@ -30,6 +32,7 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1)
         run: the run's folder.
         saved: whether checkpoints are written.
         machines: on how many the buffer's parts are; checkpoints are on a disk that they share.
+        device: the one that trains.
 
     Raises:
         SettingError: when memory or disk is too small for it.
@@ -39,32 +42,33 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1)
     index = 8  # TorchRL stores each frame's number with it
     size, archive = frames * (frame + index), min(2 * data.buffer_size, data.total_frames) * frame
     mapped, saved = data.storage == "memmap", saved and data.save_buffer
+    on_gpu = data.storage == "device" and device.type == "cuda"
     here = " on each machine" if machines > 1 else ""
+    where = "mapped files" if mapped else str(device) if on_gpu else "memory"
     setting = f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name}{here} take"
     if not mapped:
-        free = available_memory()
+        free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory()
         require(
             size <= free,
-            f"{setting} {readable(size)} of memory, and {readable(free)} is free; lower it, or set data.storage to "
-            "memmap",
+            f"{setting} {readable(size)} of {'the memory of ' if on_gpu else ''}{where}, and {readable(free)} is free; "
+            f"lower it, or set data.storage to {'memory' if on_gpu else 'memmap'}",
         )
-    needs: dict[int, int] = defaultdict(int)  # by device: folders may share a disk
+    needs: dict[int, int] = defaultdict(int)  # by disk, which folders may share
     places: dict[int, Path] = {}
     if mapped:
         folder = runs.mapped_folder(run, data.storage_dir)
         _add(needs, places, folder, size)
     if saved:
         _add(needs, places, run / runs.CHECKPOINTS / checkpoints.REPLAY, archive)
-    for device, needed in needs.items():
-        free = shutil.disk_usage(places[device]).free
+    for disk, needed in needs.items():
+        free = shutil.disk_usage(places[disk]).free
         require(
             needed <= free,
-            f"{setting} {readable(needed)} more of disk at {places[device]}, and {readable(free)} is free; lower it, "
+            f"{setting} {readable(needed)} more of disk at {places[disk]}, and {readable(free)} is free; lower it, "
             "free some, set data.save_buffer to false, or choose another trainer.default_root_dir or data.storage_dir",
         )
-    where = "mapped files" if mapped else "memory"
     on_disk = f", up to {readable(archive)} in {run / runs.CHECKPOINTS}" if saved else ""
-    return f"replay buffer: {frames} frames{here}, {readable(size)} in {where}{on_disk}"
+    return f"replay buffer: {frames} frames{here}, {readable(size)} {'on' if on_gpu else 'in'} {where}{on_disk}"
 
 
 def _add(needs: dict[int, int], places: dict[int, Path], folder: Path, size: int) -> None:

@@ -1,0 +1,219 @@
+"""What a GPU makes of a gradient update, and of the whole loop.
+
+Usage: python -m benchmarks.gpu [--hidden 256 512 1024] [--batch 256 2048 8192] [--precision tf32 fp32 bf16]
+                                  [--minutes 8] [--device cuda] [--json FILE]
+
+An update is everything in it, as in benchmarks/update.py, on batches that are on the device. In one process, taking
+turns:
+
+eager       as in a run with model.compile false
+compiled    as one compiled function, whose kernels are started one by one
+graphed     the same function as a CUDA graph: as in a run with model.compile true
+
+against two floors: the products of matrices in an update at the rate that torch.mm reaches with large matrices in the
+same precision, and its kernels at the time that an empty one takes in a graph. Then frames per second of qsm-fit, by
+benchmarks/loop.py. Settings are measured in order until most of the time is used: what is left out is said. With
+--device cpu, which has no graphs, the benchmark itself can be tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.machine import described, machine
+from benchmarks.report import markdown, quartiles, save, told
+from benchmarks.update import ACTION, Products, optimizers, plain_update, replay_batch
+from qsm_lightning.compiled import Captured, CompiledUpdate
+from qsm_lightning.losses import QSM
+
+PRECISIONS = ["tf32", "fp32", "bf16"]
+CASES = ["1:1", "16:0.25", "256:0.0625"]  # of benchmarks/loop.py
+OBSERVATION = 11
+LARGE = 8192  # matrices that reach the rate
+COMPILING_S = 90.0  # a setting is begun if this is left
+
+
+def wait(device: torch.device) -> None:
+    """Until what was started is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_each(call: Callable[[], Any], calls: int, device: torch.device) -> float:
+    """Of so many calls in a row."""
+    wait(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    wait(device)
+    return (time.perf_counter() - start) / calls
+
+
+@contextlib.contextmanager
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """As trainer.precision bf16-mixed, or 32-true with or without TF32 in products of matrices."""
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
+        yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def matrix_rate(name: str, device: torch.device, size: int) -> float:
+    """FLOP/s of torch.mm on large square matrices."""
+    left, right = torch.randn(2, size, size, device=device)
+    with precision(name, device):
+        seconds = min(seconds_each(lambda: torch.mm(left, right), 5, device) for _ in range(4))
+    return 2 * size**3 / seconds
+
+
+def kernel_seconds(device: torch.device, count: int = 1000) -> float:
+    """What a kernel with nothing to do takes in a graph."""
+    one, graph = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            one.add_(1)
+    return min(seconds_each(graph.replay, 10, device) for _ in range(5)) / count
+
+
+def kernels(call: Callable[[], Any], device: torch.device) -> int:
+    """How many kernels a call starts."""
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        call()
+        wait(device)
+    return sum(event.device_type == DeviceType.CUDA for event in recorded.events() or ())
+
+
+def measure(hidden: int, batch: int, name: str, T: int, device: torch.device, rounds: int) -> dict[str, Any]:
+    """One setting: milliseconds an update takes in each way, and what is in it."""
+    frames = replay_batch(batch, OBSERVATION)
+    with Products() as products:
+        plain_update(QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T), frames)()
+    frames = frames.to(device)
+    losses = [QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T).to(device) for _ in range(2)]
+    fast = CompiledUpdate(losses[1], optimizers(losses[1]), lambda due: losses[1].update_targets())
+    with precision(name, device):
+        ways: dict[str, Callable[[], Any]] = {"eager": plain_update(losses[0], frames)}
+        start = time.perf_counter()
+        for _ in range(3):
+            fast(frames)
+        wait(device)
+        first_calls_s = time.perf_counter() - start
+        ((due, made),) = fast._compiled.items()
+        forms = {"compiled": made.function, "graphed": made} if isinstance(made, Captured) else {"compiled": made}
+
+        def as_form(form: Any) -> None:
+            fast._compiled[due] = form
+            fast(frames)
+
+        ways |= {way: lambda form=form: as_form(form) for way, form in forms.items()}  # type: ignore[misc]
+        ms: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, call in ways.items():
+                once = seconds_each(call, 3, device)
+                calls = max(3, min(300, round(0.1 / once)))
+                ms[way].append(1e3 * seconds_each(call, calls, device))
+        started = kernels(ways["compiled"], device) if device.type == "cuda" else 0
+    return {
+        "setting": {"hidden": hidden, "batch": batch, "precision": name, "T": T},
+        "flops": products.flops(),
+        "kernels": started,
+        "first_calls_s": first_calls_s,
+        "update_ms": {way: quartiles(values) for way, values in ms.items()},
+    }
+
+
+def table(rows: list[dict[str, Any]], rates: dict[str, float], kernel_s: float) -> str:
+    """Milliseconds and updates per second, against the floors."""
+    head = ["hidden", "batch", "precision", "T", "eager, ms", "compiled, ms", "graphed, ms", "updates/s"]
+    head += ["times eager", "of the matrix rate", "kernels", "their floor, ms", "compiling, s"]
+    cells = []
+    for row in rows:
+        ms = row["update_ms"]
+        best = ms.get("graphed", ms["compiled"])[0]
+        cells.append(
+            [
+                *map(str, row["setting"].values()),
+                *(told(ms[way], 3) if way in ms else "" for way in ("eager", "compiled", "graphed")),
+                f"{1e3 / best:,.0f}",
+                f"{ms['eager'][0] / best:.1f}",
+                f"{row['flops'] / (best / 1e3) / rates[row['setting']['precision']]:.0%}",
+                str(row["kernels"]),
+                f"{1e3 * row['kernels'] * kernel_s:.3f}",
+                f"{row['first_calls_s']:.0f}",
+            ]
+        )
+    return markdown(head, cells)
+
+
+def frames_per_second(gpu: bool, hidden: int) -> dict[str, Any]:
+    """Of qsm-fit and of the environments alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "loop.json"
+        command = [sys.executable, "-m", "benchmarks.loop", "--ways", "qsm", "env", "--repeats", "1"]
+        command += ["--accelerator", "gpu" if gpu else "cpu", "--hidden", str(hidden), str(hidden)]
+        done = subprocess.run([*command, "--json", str(file), "--case", *CASES], stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            return {"rows": [], "printed": "qsm-fit failed"}
+        return {"rows": json.loads(file.read_text())["rows"], "printed": done.stdout}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 256, 1024], help="widths of two hidden layers")
+    parser.add_argument("--batch", type=int, nargs="+", default=[256, 8192, 2048], help="frames per update")
+    parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--T", type=int, default=5, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=8, help="time for all (default: %(default)s)")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the benchmark (default: %(default)s)")
+    parser.add_argument("--no-loop", action="store_true", help="updates alone")
+    parser.add_argument("--json", type=Path, help="also write all measurements to this file")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    gpu = device.type == "cuda"
+    if gpu and not torch.cuda.is_available():
+        parser.error("there is no CUDA device: --device cpu tries the benchmark without one")
+    end = time.monotonic() + 60 * options.minutes - (0 if options.no_loop else 120)
+    size = LARGE if gpu else 512
+    rates = {name: matrix_rate(name, device, size) for name in options.precision}
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "matrix_flops_per_s": rates,
+        "kernel_s": kernel_seconds(device) if gpu else 0.0,
+        "rows": [],
+        "left_out": [],
+    }
+    for batch, name, hidden in product(options.batch, options.precision, options.hidden):
+        if time.monotonic() + COMPILING_S > end:
+            results["left_out"].append([hidden, batch, name])
+            continue
+        results["rows"].append(measure(hidden, batch, name, options.T, device, options.rounds))
+        print(f"({hidden}, {hidden}), batch {batch}, {name} is done", file=sys.stderr)
+    print(f"{described(results['machine'])}\n\nms per update: median (quartiles)\n")
+    print(table(results["rows"], rates, results["kernel_s"]))
+    print("\nmatrix rate: " + ", ".join(f"{name} {rate / 1e12:,.1f} TFLOP/s" for name, rate in rates.items()))
+    if results["left_out"]:
+        print("no time was left for " + ", ".join(f"{h}/{b}/{name}" for h, b, name in results["left_out"]))
+    if not options.no_loop:
+        results["loop"] = frames_per_second(gpu, 256)
+        print(f"\n{results['loop'].pop('printed')}")
+    save(options.json, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What only a GPU can show; ``pytest -m gpu`` runs it, where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.update import compiled_update, optimizers, plain_update
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from qsm_lightning import compiled
+from qsm_lightning.compiled import CompiledUpdate
+from qsm_lightning.losses import QSM, SAC, TD3, OffPolicyLoss
+from qsm_lightning.plain import generators_state, load_generators_state
+from tests.compare import state
+from tests.helpers import SHRINK, needs_compiler, needs_gpu, replay_batch
+from tests.processes import fit, trained
+
+pytestmark = needs_gpu
+ON_GPU = ["--trainer.accelerator=gpu", "--trainer.devices=1"]
+CAPTURED = [*ON_GPU, "--model.compile=true", "--data.storage=device"]
+TINY = ["--config=pendulum", *SHRINK, *CAPTURED, "--data.eval_selector=sample", "--picture.every_evaluations=0"]
+
+
+def after_updates(
+    make: Callable[[OffPolicyLoss, TensorDictBase], Callable[[], Any]],
+    loss: Callable[..., OffPolicyLoss],
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """What a thousand updates on ten batches in turn come to."""
+
+    def frames(seed: int) -> TensorDictBase:
+        found = replay_batch(256, 11, 3, seed).to("cuda")
+        return found.apply(lambda value: value.to(dtype) if value.is_floating_point() else value)
+
+    torch.manual_seed(0)
+    trained = loss(11, 3, hidden=(64, 64)).to("cuda", dtype)
+    batch = frames(0)
+    update = make(trained, batch)
+    for i in range(1000):
+        batch.update_(frames(i % 10))
+        update()
+    return trained.state_dict()
+
+
+def check_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To 1e-4 of each tensor's norm."""
+    for name, value in expected.items():
+        distance = (found[name].double() - value.double()).norm() / value.double().norm().clamp(min=1e-12)
+        assert distance <= 1e-4, f"{name}: {distance:.1e}"
+
+
+@needs_compiler
+@pytest.mark.parametrize("loss", [QSM, partial(QSM, m_q="auto"), SAC, TD3])
+def test_a_graph_does_what_was_captured(loss: Callable[..., OffPolicyLoss], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand updates in float32, with the same noise and the same kernels."""
+    captured = after_updates(compiled_update, loss)
+    monkeypatch.setattr(compiled, "Captured", lambda function: function)
+    check_near(captured, after_updates(compiled_update, loss))
+
+
+@needs_compiler
+@pytest.mark.parametrize("loss", [QSM, partial(QSM, m_q="auto"), TD3])
+def test_captured_updates_equal_plain_ones(loss: Callable[..., OffPolicyLoss]) -> None:
+    """In float64: in float32 a thousand updates make 1e-2 of what two orders of summation differ by."""
+    check_near(*(after_updates(make, loss, torch.float64) for make in (compiled_update, plain_update)))
+
+
+@needs_compiler
+def test_the_host_does_not_wait_in_an_update() -> None:
+    loss = QSM(11, 3, hidden=(64, 64)).to("cuda")
+    update = CompiledUpdate(loss, optimizers(loss), lambda due: loss.update_targets())
+    batch = replay_batch(256, 11, 3).to("cuda")
+    for _ in range(3):
+        update(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = [update(batch) for _ in range(3)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(value.isfinite().all() for value in out[-1].values())
+
+
+@needs_compiler
+@pytest.mark.parametrize("settings", [[], ["--model.loss.m_q=auto"], ["--trainer.precision=bf16-mixed"]], ids=str)
+def test_a_run_goes_on_from_its_checkpoint(settings: list[str], tmp_path: Path) -> None:
+    """Frames and counters exactly; weights to what docs/reliability.md says of a GPU's sums."""
+    whole = state(trained(tmp_path / "whole", *TINY, *settings, "--data.total_frames=90"))
+    run = trained(tmp_path / "parts", *TINY, *settings, "--data.total_frames=70")
+    fit(tmp_path / "parts", f"--resume={run}", "--data.total_frames=90")
+    parts = state(run)
+    assert parts["OffPolicyDataModule"]["progress"] == whole["OffPolicyDataModule"]["progress"]
+    for name, value in whole["state_dict"].items():
+        torch.testing.assert_close(parts["state_dict"][name], value, rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("storage", ["memory", "device"])
+def test_a_buffer_is_where_it_is_asked_for(storage: str, tmp_path: Path) -> None:
+    args = ["--config=pendulum", *SHRINK, *ON_GPU, f"--data.storage={storage}", "--data.eval_selector=sample"]
+    out = fit(tmp_path, *args)
+    assert f"{'on cuda:0' if storage == 'device' else 'in memory'}, up to" in out
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision(precision: str, tmp_path: Path) -> None:
+    fit(
+        tmp_path,
+        "--config=pendulum",
+        *SHRINK,
+        *ON_GPU,
+        f"--trainer.precision={precision}",
+        "--trainer.gradient_clip_val=1",
+    )
+
+
+def test_cuda_generators_go_on_exactly() -> None:
+    saved = generators_state()
+    expected = torch.randn(3, device="cuda")
+    torch.cuda.manual_seed_all(5)
+    load_generators_state(saved)
+    assert torch.equal(torch.randn(3, device="cuda"), expected)
