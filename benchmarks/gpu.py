@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import subprocess
 import sys
@@ -45,6 +46,7 @@ CASES = ["1:1", "16:0.25", "256:0.0625"]  # of benchmarks/loop.py
 OBSERVATION = 11
 LARGE = 8192  # matrices that reach the rate
 COMPILING_S = 90.0  # a setting is begun if this is left
+CASE_S = 75.0  # kept for each case of the loop
 
 
 def wait(device: torch.device) -> None:
@@ -67,14 +69,14 @@ def seconds_each(call: Callable[[], Any], calls: int, device: torch.device) -> f
 def precision(name: str, device: torch.device) -> Iterator[None]:
     """As trainer.precision bf16-mixed, or 32-true with or without TF32 in products of matrices."""
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16", cache_enabled=False):  # as Lightning
         yield
     torch.set_float32_matmul_precision("highest")
 
 
 def matrix_rate(name: str, device: torch.device, size: int) -> float:
     """FLOP/s of torch.mm on large square matrices."""
-    left, right = torch.randn(2, size, size, device=device)
+    left, right = torch.randn(2, size, size, device=device).to(torch.bfloat16 if name == "bf16" else torch.float32)
     with precision(name, device):
         seconds = min(seconds_each(lambda: torch.mm(left, right), 5, device) for _ in range(4))
     return 2 * size**3 / seconds
@@ -159,16 +161,17 @@ def table(rows: list[dict[str, Any]], rates: dict[str, float], kernel_s: float) 
     return markdown(head, cells)
 
 
-def frames_per_second(gpu: bool, hidden: int) -> dict[str, Any]:
-    """Of qsm-fit and of the environments alone."""
+def frames_per_second(gpu: bool, case: str) -> dict[str, Any]:
+    """Of qsm-fit and of the environments alone, by benchmarks/loop.py; empty where it failed."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "loop.json"
         command = [sys.executable, "-m", "benchmarks.loop", "--ways", "qsm", "env", "--repeats", "1"]
-        command += ["--accelerator", "gpu" if gpu else "cpu", "--hidden", str(hidden), str(hidden)]
-        done = subprocess.run([*command, "--json", str(file), "--case", *CASES], stdout=subprocess.PIPE, text=True)
+        command += ["--accelerator", "gpu" if gpu else "cpu", "--json", str(file), "--case", case]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            return {"rows": [], "printed": "qsm-fit failed"}
-        return {"rows": json.loads(file.read_text())["rows"], "printed": done.stdout}
+            return {}
+        print(done.stdout.split("\n\n")[1], flush=True)
+        return json.loads(file.read_text())["rows"][0]
 
 
 def main() -> None:
@@ -178,7 +181,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 8192, 2048], help="frames per update")
     parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--T", type=int, default=5, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns, at least 2 (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=8, help="time for all (default: %(default)s)")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the benchmark (default: %(default)s)")
     parser.add_argument("--no-loop", action="store_true", help="updates alone")
@@ -188,7 +191,8 @@ def main() -> None:
     gpu = device.type == "cuda"
     if gpu and not torch.cuda.is_available():
         parser.error("there is no CUDA device: --device cpu tries the benchmark without one")
-    end = time.monotonic() + 60 * options.minutes - (0 if options.no_loop else 120)
+    end = time.monotonic() + 60 * options.minutes
+    end_of_updates = end - (0 if options.no_loop else CASE_S * len(CASES))
     size = LARGE if gpu else 512
     rates = {name: matrix_rate(name, device, size) for name in options.precision}
     results: dict[str, Any] = {
@@ -199,19 +203,23 @@ def main() -> None:
         "left_out": [],
     }
     for batch, name, hidden in product(options.batch, options.precision, options.hidden):
-        if time.monotonic() + COMPILING_S > end:
+        if time.monotonic() + COMPILING_S > end_of_updates:
             results["left_out"].append([hidden, batch, name])
             continue
         results["rows"].append(measure(hidden, batch, name, options.T, device, options.rounds))
+        gc.collect()  # its graph, before the next is captured
+        save(options.json, results)
         print(f"({hidden}, {hidden}), batch {batch}, {name} is done", file=sys.stderr)
     print(f"{described(results['machine'])}\n\nms per update: median (quartiles)\n")
     print(table(results["rows"], rates, results["kernel_s"]))
     print("\nmatrix rate: " + ", ".join(f"{name} {rate / 1e12:,.1f} TFLOP/s" for name, rate in rates.items()))
     if results["left_out"]:
         print("no time was left for " + ", ".join(f"{h}/{b}/{name}" for h, b, name in results["left_out"]))
-    if not options.no_loop:
-        results["loop"] = frames_per_second(gpu, 256)
-        print(f"\n{results['loop'].pop('printed')}")
+    results["loop"] = []
+    for case in [] if options.no_loop else CASES:
+        if time.monotonic() + CASE_S < end:
+            print(f"\nframes per second, environments:updates per frame {case}, hidden (256, 256)\n")
+            results["loop"].append(frames_per_second(gpu, case))
     save(options.json, results)
 
 

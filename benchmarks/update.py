@@ -100,7 +100,8 @@ def plain_update(loss: OffPolicyLoss, batch: TensorDictBase) -> Callable[[], Non
         for term, adam in adams.items():
             value, _ = loss.term_loss(term, batch)
             adam.zero_grad()
-            value.backward()
+            with torch.autocast(value.device.type, enabled=False):  # as OffPolicyModule.backward
+                value.backward()
             adam.step()
         loss.update_targets()
 

@@ -9,17 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.training import quiet_trainer
 from benchmarks.update import compiled_update, optimizers, plain_update
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from qsm_lightning import compiled
 from qsm_lightning.compiled import CompiledUpdate
-from qsm_lightning.losses import QSM, SAC, TD3, OffPolicyLoss
+from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.losses import CQSM, QSM, SAC, TD3, OffPolicyLoss
+from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.plain import generators_state, load_generators_state
+from qsm_lightning.replay import Storage, make_replay_buffer
 from tests.compare import state
+from tests.conftest import Command
 from tests.helpers import SHRINK, needs_compiler, needs_gpu, replay_batch
-from tests.processes import fit, trained
+from tests.processes import fit
 
 pytestmark = needs_gpu
 ON_GPU = ["--trainer.accelerator=gpu", "--trainer.devices=1"]
@@ -87,23 +92,55 @@ def test_the_host_does_not_wait_in_an_update() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("settings", [[], ["--model.loss.m_q=auto"], ["--trainer.precision=bf16-mixed"]], ids=str)
-def test_a_run_goes_on_from_its_checkpoint(settings: list[str], tmp_path: Path) -> None:
-    """Frames and counters exactly; weights to what docs/reliability.md says of a GPU's sums."""
-    whole = state(trained(tmp_path / "whole", *TINY, *settings, "--data.total_frames=90"))
-    run = trained(tmp_path / "parts", *TINY, *settings, "--data.total_frames=70")
-    fit(tmp_path / "parts", f"--resume={run}", "--data.total_frames=90")
-    parts = state(run)
-    assert parts["OffPolicyDataModule"]["progress"] == whole["OffPolicyDataModule"]["progress"]
-    for name, value in whole["state_dict"].items():
-        torch.testing.assert_close(parts["state_dict"][name], value, rtol=1e-3, atol=1e-3, msg=name)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        ["--model.loss.m_q=auto"],
+        ["--model.loss=td3"],
+        ["--config=algo/sdac"],
+        ["--trainer.precision=bf16-mixed"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_goes_on_from_its_checkpoint(settings: list[str], command: Command, tmp_path: Path) -> None:
+    """Counters exactly; weights to what sums in varying order make of a few updates."""
+    for folder, frames in (("whole", 90), ("parts", 70)):
+        args = [*TINY, *settings, f"--data.total_frames={frames}", f"--trainer.default_root_dir={tmp_path / folder}"]
+        result = command("qsm-fit", *args, timeout=600)
+        assert result.returncode == 0, result.stderr
+    whole, parts = (next((tmp_path / folder).glob("*/version_0")) for folder in ("whole", "parts"))
+    result = command("qsm-fit", f"--resume={parts}", "--data.total_frames=90", timeout=600)
+    assert result.returncode == 0, result.stderr
+    expected, found = state(whole), state(parts)
+    assert found["OffPolicyDataModule"]["progress"] == expected["OffPolicyDataModule"]["progress"]
+    for name, value in expected["state_dict"].items():
+        torch.testing.assert_close(found["state_dict"][name], value, rtol=1e-3, atol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("storage", ["memory", "device"])
-def test_a_buffer_is_where_it_is_asked_for(storage: str, tmp_path: Path) -> None:
-    args = ["--config=pendulum", *SHRINK, *ON_GPU, f"--data.storage={storage}", "--data.eval_selector=sample"]
-    out = fit(tmp_path, *args)
-    assert f"{'on cuda:0' if storage == 'device' else 'in memory'}, up to" in out
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_buffer_is_where_it_is_asked_for(storage: Storage, window: int, tmp_path: Path) -> None:
+    """And gives the same samples."""
+    data = OffPolicyDataModule(
+        "continuous:Pendulum-v1?max_speed=20&sigma=0.5", 1, 1, 60, 40, 8, storage=storage, eval_episodes=1
+    )
+    sizes: dict[str, Any] = {
+        "hidden": (16, 16),
+        "max_speed": 20.0,
+        "window": window,
+        "evaluation": "trace" if window > 1 else "orthogonality",
+    }
+    module = OffPolicyModule(data.observation_dim, data.action_dim, partial(CQSM, **sizes))
+    quiet_trainer(tmp_path, accelerator="gpu", devices=1).fit(module, data)
+    assert {leaf.device.type for leaf in data.buffer._leaves} == {"cuda" if storage == "device" else "cpu"}
+    on_cpu = make_replay_buffer(60, seed=3)
+    on_cpu.extend(data.buffer[:].to("cpu"))
+    data.buffer.set_rng(torch.Generator().manual_seed(3))
+    for draw in (lambda buffer: buffer.sample(20), lambda buffer: buffer.sample_windows(20, 3)):
+        ours, theirs = (draw(buffer).flatten_keys() for buffer in (data.buffer, on_cpu))
+        assert all(torch.equal(ours[key].cpu(), theirs[key]) for key in theirs.keys())  # noqa: SIM118
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

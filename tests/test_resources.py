@@ -54,6 +54,8 @@ def test_memory_of_a_gpu(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     else:
         line = resources.report(on_gpu, tmp_path, False, device=device)
         assert line == "replay buffer: 1000 frames, 41 KiB on cuda:1"
+        line = resources.report(data(storage="device", total_frames=4000), tmp_path, False, 1, 4, device)
+        assert line == "replay buffer: 1000 frames on each device, 41 KiB on cuda:1"
     with pytest.raises(SettingError, match="41 KiB of memory, .*set data.storage to memmap"):
         resources.report(data(), tmp_path, False, device=device)
 

@@ -321,8 +321,8 @@ def _fit(args: list[str] | None) -> None:
         del state
     writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), None)
     if trainer.local_rank == 0:
-        device = trainer.strategy.root_device
-        size = resources.report(cli.datamodule, run, writer is not None, trainer.num_nodes, device)
+        there = (trainer.num_nodes, trainer.world_size, trainer.strategy.root_device)
+        size = resources.report(cli.datamodule, run, writer is not None, *there)
     if trainer.is_global_zero:
         held = cli.held or runs.lock(run)
         if checkpoint is not None and progress is not None:

@@ -100,4 +100,4 @@ class BestOfNPolicy(DiffusionPolicy):
         actions = super().act(candidates, None if noise is None else noise.flatten(1, 2))
         values = self.critics(candidates, actions).min(0).values.view(-1, self.n)  # [N, n]
         best = values.argmax(1)
-        return actions.view(*values.shape, -1)[torch.arange(best.shape[0]), best]
+        return actions.view(*values.shape, -1)[torch.arange(best.shape[0], device=best.device), best]

@@ -73,7 +73,8 @@ class FrameBuffer(ReplayBuffer):
     def sample(self, batch_size: int) -> TensorDict:
         """Frames [batch_size], drawn with replacement."""
         leaves = self._leaves
-        index = torch.randint(0, len(self._storage), (batch_size,), generator=self._rng).to(leaves[0].device)
+        index = torch.randint(0, len(self._storage), (batch_size,), generator=self._rng)
+        index = index.to(leaves[0].device, non_blocking=True)
         drawn = dict(zip(self.keys, (leaf.index_select(0, index) for leaf in leaves), strict=True))
         following = {key[1]: drawn.pop(key) for key in self.keys if isinstance(key, tuple)}
         return TensorDict({**drawn, "next": TensorDict(following, [batch_size])}, [batch_size])

@@ -21,7 +21,14 @@ CPU = torch.device("cpu")
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
-def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1, device: torch.device = CPU) -> str:
+def report(
+    data: OffPolicyDataModule,
+    run: Path,
+    saved: bool,
+    machines: int = 1,
+    processes: int = 1,
+    device: torch.device = CPU,
+) -> str:
     """One line on the size of the replay buffer, in memory and on disk.
 
     On disk the newest checkpoint and the best may have no frame in common, so that once the ring has wrapped there can
@@ -32,18 +39,20 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1,
         run: the run's folder.
         saved: whether checkpoints are written.
         machines: on how many the buffer's parts are; checkpoints are on a disk that they share.
-        device: the one that trains.
+        processes: how many there are in all, each with its part and, on GPUs, a device of its own.
+        device: the one of this process.
 
     Raises:
         SettingError: when memory or disk is too small for it.
     """
     frame = frame_bytes(data.observation_dim, data.action_dim, data.timed)
-    frames = math.ceil(min(data.buffer_size, data.total_frames) / machines)
+    on_gpu = data.storage == "device" and device.type == "cuda"
+    places = processes if on_gpu else machines
+    frames = math.ceil(min(data.buffer_size, data.total_frames) / places)
     index = 8  # TorchRL stores each frame's number with it
     size, archive = frames * (frame + index), min(2 * data.buffer_size, data.total_frames) * frame
     mapped, saved = data.storage == "memmap", saved and data.save_buffer
-    on_gpu = data.storage == "device" and device.type == "cuda"
-    here = " on each machine" if machines > 1 else ""
+    here = f" on each {'device' if on_gpu else 'machine'}" if places > 1 else ""
     where = "mapped files" if mapped else str(device) if on_gpu else "memory"
     setting = f"data.buffer_size is {data.buffer_size}: {frames} frames of {data.env_name}{here} take"
     if not mapped:
@@ -54,17 +63,17 @@ def report(data: OffPolicyDataModule, run: Path, saved: bool, machines: int = 1,
             f"lower it, or set data.storage to {'memory' if on_gpu else 'memmap'}",
         )
     needs: dict[int, int] = defaultdict(int)  # by disk, which folders may share
-    places: dict[int, Path] = {}
+    disks: dict[int, Path] = {}
     if mapped:
         folder = runs.mapped_folder(run, data.storage_dir)
-        _add(needs, places, folder, size)
+        _add(needs, disks, folder, size)
     if saved:
-        _add(needs, places, run / runs.CHECKPOINTS / checkpoints.REPLAY, archive)
+        _add(needs, disks, run / runs.CHECKPOINTS / checkpoints.REPLAY, archive)
     for disk, needed in needs.items():
-        free = shutil.disk_usage(places[disk]).free
+        free = shutil.disk_usage(disks[disk]).free
         require(
             needed <= free,
-            f"{setting} {readable(needed)} more of disk at {places[disk]}, and {readable(free)} is free; lower it, "
+            f"{setting} {readable(needed)} more of disk at {disks[disk]}, and {readable(free)} is free; lower it, "
             "free some, set data.save_buffer to false, or choose another trainer.default_root_dir or data.storage_dir",
         )
     on_disk = f", up to {readable(archive)} in {run / runs.CHECKPOINTS}" if saved else ""
