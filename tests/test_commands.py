@@ -304,8 +304,8 @@ LEARN_PENDULUM: dict[str, list[str]] = {
     "diffusion_ql": [],
     "sac": [],
     "sdac": [
-        *("--model.loss.entropy_coef=1", "--model.loss.reverse_samples=16", "--data.total_frames=6000"),
-        "--model.compile=true",
+        *("--model.loss.entropy_coef=1", "--model.loss.reverse_samples=8", "--model.loss.hidden=[128,128]"),
+        *("--data.total_frames=7500", "--model.compile=true"),
     ],
     "td3": [],
 }
