@@ -4,7 +4,8 @@ A rule for M_q that does not depend on the unit has the same returns, divided by
 
     unit=benchmarks.scaled_pendulum
     PYTHONPATH=. qsm-sweep --config pendulum --vary data.env=Pendulum-v1,$unit:Pendulum100-v1,$unit:Pendulum0.01-v1 \\
-        --vary model.loss.m_q=auto,1 --seeds 0 --data.total_frames 15000 --data.eval_selector sample
+        --vary model.loss.m_q=auto,1 --seeds 0 --data.total_frames 15000 --data.eval_selector sample \\
+        --model.compile true
 """
 
 from __future__ import annotations

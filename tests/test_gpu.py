@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.training import quiet_trainer
-from benchmarks.update import compiled_update, optimizers, plain_update
+from benchmarks.update import compiled_update, plain_update
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from qsm_lightning import compiled
-from qsm_lightning.compiled import CompiledUpdate
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.losses import CQSM, QSM, SAC, TD3, OffPolicyLoss
 from qsm_lightning.module import OffPolicyModule
@@ -78,14 +77,12 @@ def test_captured_updates_equal_plain_ones(loss: Callable[..., OffPolicyLoss]) -
 
 @needs_compiler
 def test_the_host_does_not_wait_in_an_update() -> None:
-    loss = QSM(11, 3, hidden=(64, 64)).to("cuda")
-    update = CompiledUpdate(loss, optimizers(loss), lambda due: loss.update_targets())
-    batch = replay_batch(256, 11, 3).to("cuda")
+    update = compiled_update(QSM(11, 3, hidden=(64, 64)).to("cuda"), replay_batch(256, 11, 3).to("cuda"))
     for _ in range(3):
-        update(batch)
+        update()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = [update(batch) for _ in range(3)]
+        out = [update() for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(value.isfinite().all() for value in out[-1].values())

@@ -80,13 +80,13 @@ def report(
     return f"replay buffer: {frames} frames{here}, {readable(size)} {'on' if on_gpu else 'in'} {where}{on_disk}"
 
 
-def _add(needs: dict[int, int], places: dict[int, Path], folder: Path, size: int) -> None:
+def _add(needs: dict[int, int], disks: dict[int, Path], folder: Path, size: int) -> None:
     """Note what ``folder`` will need beyond what an earlier process of the run has put there."""
     existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     device = existing.stat().st_dev
     there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
     needs[device] += max(0, size - there)
-    places.setdefault(device, existing)
+    disks.setdefault(device, existing)
 
 
 def available_memory() -> int:
