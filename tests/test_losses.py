@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from qsm_lightning.errors import SettingError
-from qsm_lightning.losses import QSM, OffPolicyLoss, QSMLoss
+from qsm_lightning.losses import ALGORITHMS, QSM, OffPolicyLoss, QSMLoss
 from qsm_lightning.losses.base import polyak_update
 from qsm_lightning.schedule import NoiseSchedule
 from tests.helpers import replay_batch
@@ -191,16 +192,30 @@ def test_targets_follow_by_polyak() -> None:
     assert all(map(torch.equal, loss.critics.parameters(), loss.target_critics.parameters()))
 
 
-def test_it_is_a_torchrl_loss_module() -> None:
-    loss = QSM(OBS, A, **SMALL)  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if not name.startswith("cqsm")])
+def test_it_is_a_torchrl_loss_module(name: str) -> None:
+    """It reads its ``in_keys`` and no others, whatever they are called, and leaves the batch as it was."""
+    if name == "dacer":
+        pytest.importorskip("sklearn")
+    few: dict[str, Any] = {"entropy_samples": 5} if name == "dacer" else {}
+    loss = cast(Any, ALGORITHMS[name])(OBS, A, hidden=(16,), **few)
     batch = replay_batch()
-    out = loss(batch)
+    before = batch.clone()
+
+    def seeded(batch: TensorDict) -> TensorDictBase:
+        torch.manual_seed(0)
+        return loss(batch.select(*loss.in_keys, strict=True))
+
+    out = seeded(batch)
     assert set(loss.out_keys) <= set(out.keys())
     assert out.batch_size == torch.Size([])
-    renamed = batch.clone().rename_key_("action", "a")
-    loss.set_keys(action="a")
-    assert "a" in loss.in_keys
-    assert loss(renamed)["loss_qvalue"].isfinite()
+    assert (batch == before).all()
+    renamed = batch.rename_key_("action", "a").rename_key_("observation", "o")
+    for key, name in {"observation": "o", "reward": "r", "terminated": "t"}.items():
+        renamed["next"].rename_key_(key, name)
+    loss.set_keys(action="a", observation="o", reward="r", terminated="t")
+    assert set(loss.in_keys) == {"a", "o", ("next", "o"), ("next", "r"), ("next", "t")}
+    assert (seeded(renamed) == out).all()
     assert isinstance(loss, OffPolicyLoss)
 
 

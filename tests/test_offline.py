@@ -6,7 +6,8 @@ import re
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -17,9 +18,11 @@ from tensordict import TensorDict, TensorDictBase
 
 from qsm_lightning import checkpoints, datasets
 from qsm_lightning.commands import collect
+from qsm_lightning.commands.base import write_results
+from qsm_lightning.commands.trained import Trained
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
-from qsm_lightning.losses import QSM
+from qsm_lightning.losses import QSM, SAC
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.replay import FRAME_KEYS
 from tests.compare import assert_same, state
@@ -140,6 +143,7 @@ def test_a_minari_dataset(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 DISCRETE, BOX, TEXT = gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (1,)), gym.spaces.Text(1, min_length=1)
+PAIR = gym.spaces.Tuple((BOX, BOX))
 
 
 @pytest.mark.skipif(not has("minari"), reason="the extra offline is not installed")
@@ -149,6 +153,7 @@ DISCRETE, BOX, TEXT = gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (1,)), gym.s
         (BOX, DISCRETE, r"its actions are Discrete\(2\), and only bounded continuous ones"),
         (BOX, gym.spaces.Box(-np.inf, 1, (1,)), "its actions are Box.*only bounded continuous ones"),
         (TEXT, BOX, "its observations are not arrays of numbers"),
+        (PAIR, BOX, "its observations are not arrays of numbers"),
         (
             gym.spaces.Box(-1, 1, (2,)),
             gym.spaces.Box(-1, 1, (2,)),
@@ -165,7 +170,7 @@ def test_a_minari_dataset_that_does_not_fit_is_refused(
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     seen = [observation.sample(), observation.sample()]
     buffer = EpisodeBuffer(
-        observations=seen if observation is TEXT else np.stack(seen),
+        observations=_of_an_episode(observation, seen),
         actions=np.stack([action.sample()]),
         rewards=[0.0],
         terminations=[True],
@@ -174,6 +179,32 @@ def test_a_minari_dataset_that_does_not_fit_is_refused(
     minari.create_dataset_from_buffers("odd/test-v0", [buffer], observation_space=observation, action_space=action)
     with pytest.raises(SettingError, match=pattern):
         OffPolicyDataModule(CLOCK, dataset="minari:odd/test-v0")
+
+
+def _of_an_episode(space: gym.Space[Any], seen: list[Any]) -> Any:
+    """Observations as Minari wants them."""
+    if space is PAIR:
+        return tuple(np.stack(part) for part in zip(*seen, strict=True))
+    return seen if space is TEXT else np.stack(seen)
+
+
+@pytest.mark.skipif(not has("minari"), reason="the extra offline is not installed")
+def test_a_minari_dataset_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    seen = np.zeros((3, 1), np.float32)
+    ends = [False, True]
+    buffer = EpisodeBuffer(
+        observations=seen, actions=seen[:2], rewards=[0.0, 0.0], terminations=ends, truncations=[False, False]
+    )
+    minari.create_dataset_from_buffers("torn/test-v0", [buffer], observation_space=BOX, action_space=BOX)
+    (file,) = tmp_path.rglob("*.hdf5")
+    with pytest.importorskip("h5py").File(file, "a") as content:
+        del content["episode_0/actions"]
+    with pytest.raises(SettingError, match=r"'minari:torn/test-v0': Minari cannot read it \(.*; choose another"):
+        datasets.load("minari:torn/test-v0", 1, 1)
 
 
 @pytest.mark.skipif(not has("minari"), reason="the extra offline is not installed")
@@ -190,6 +221,43 @@ def test_the_saved_buffer_of_a_run(tmp_path: Path) -> None:
         assert equal(datasets.load(str(folder), 3, 1), saved)
 
 
+def test_the_saved_buffer_of_a_run_of_the_first_version() -> None:
+    """Whose ranks do not tell how many frames their buffers hold."""
+    frames = datasets.load(str(Path(__file__).parent / "data" / "format_1"), 3, 1)
+    assert len(frames) == 50, "the last, of 60"
+    assert torch.equal(frames["next", "observation"][:-1], frames["observation"][1:])
+
+
+def test_a_damaged_buffer_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parent / "data" / "format_1", tmp_path / "run")
+    file = next((tmp_path / "run/checkpoints/replay").glob("*.pt"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(SettingError, match=r"data.dataset is '.*run': .*\.pt was altered.*name an older checkpoint"):
+        datasets.load(str(tmp_path / "run"), 3, 1)
+
+
+@pytest.mark.parametrize("made_in", ["Pendulum-v1", "Swing-v1"])
+def test_data_of_another_environment_are_taken_with_a_warning(
+    made_in: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = str(Path(__file__).parent / "data" / "format_1")
+    datasets.load(run, 3, 1, env=made_in)
+    said = f"data.dataset is '{run}': it was made in Pendulum-v1, and data.env is {made_in}"
+    assert caplog.messages == ([] if made_in == "Pendulum-v1" else [said])
+
+
+def test_that_episodes_may_be_joined_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    raw = arrays()
+    datasets.from_d4rl(raw)
+    datasets.from_d4rl({"next_observations": raw["observations"]} | {n: v for n, v in raw.items() if n != "timeouts"})
+    assert not caplog.messages
+    del raw["timeouts"]
+    assert len(datasets.from_d4rl(raw)) == 11
+    assert "has neither timeouts nor next_observations" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
@@ -198,6 +266,7 @@ def test_the_saved_buffer_of_a_run(tmp_path: Path) -> None:
         ({"rewards": np.zeros((12, 2))}, r"rewards has the shape \[12, 2\]"),
         ({"actions": np.array(["left"] * 12)}, r"actions has the shape \[12\] and the type <U4"),
         ({"observations": np.zeros(())}, r"observations has the shape \[\]"),
+        ({"rewards": np.array("none")}, r"rewards has the shape \[\] and the type <U4"),
         ({"observations": np.zeros((12, 5))}, r"observations have the shape \[5\], and data.env has \[2\]"),
         ({"actions": np.zeros((12, 2))}, r"actions have the shape \[2\], and data.env has \[1\]"),
         ({"actions": np.full((12, 1), 2.0)}, r"actions up to 2, and they must be in \[-1, 1\]"),
@@ -238,6 +307,30 @@ def test_settings_of_datasets(
     Path("torn.npz").write_bytes(Path("good.npz").read_bytes()[:700])
     with pytest.raises(SettingError, match=pattern):
         OffPolicyDataModule(CLOCK, **settings)
+
+
+@pytest.mark.parametrize(("source", "package"), [("minari:any/set-v0", "minari"), ("data.h5", "h5py")])
+def test_an_extra_that_is_not_installed_is_named(
+    source: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("data.h5").touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingError, match=rf"{package} is not installed; pip install 'qsm-lightning\[offline\]'"):
+        datasets.load(source, 2, 1)
+
+
+def test_hdf5_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    for name, value in (("text", "none"), ("group", None)):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            for key, array in (arrays() | {"rewards": value}).items():
+                if array is None:
+                    file.create_group(key)
+                else:
+                    file[key] = array
+        with pytest.raises(SettingError, match=rf"data.dataset is '.*{name}.h5': (rewards has the shape|it cannot be)"):
+            datasets.load(str(tmp_path / f"{name}.h5"), 2, 1)
 
 
 # Training.
@@ -355,7 +448,9 @@ def test_a_trained_policys_transitions_are_enough_to_learn_from(command: Command
 # qsm-collect.
 
 
-def test_collected_transitions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_collected_transitions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As many as asked for, of whole episodes in order; the same again from the same seed; random ones at first."""
     run = trained(tmp_path, "--config=pendulum", *SHRINK, "--model.compile=false")
     capsys.readouterr()
@@ -373,6 +468,24 @@ def test_collected_transitions(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not equal(one, policy)
     with pytest.raises(SettingError, match=r"--frames is 100000000000000: that takes .* TiB of memory.*give fewer"):
         collect.run([str(run), f"--frames={10**14}", f"--out={tmp_path / 'four.npz'}"])
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qsm_lightning.durable.write_file", full)
+    with pytest.raises(SettingError, match=r"--out is .*five.npz', which cannot be written .*No space left"):
+        collect.run([str(run), "--frames=5", f"--out={tmp_path / 'five.npz'}"])
+    with pytest.raises(SettingError, match="--out is .*, which cannot be written .*No space left"):
+        write_results(tmp_path, "", {"modes.json": b"{}"})
+
+
+def test_actions_that_the_algorithm_lacks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = Trained(tmp_path, cast(Any, SimpleNamespace(loss=SAC(3, 1, hidden=(8,)))), {}, 0)
+    with pytest.raises(SettingError, match="--selector is best_of_n: SAC has sample"):
+        trained.policy("best_of_n", 8)
+    monkeypatch.setattr(collect, "load", lambda *_: trained)
+    with pytest.raises(SettingError, match="--actions is best_of_n: SAC has sample and exploration"):
+        collect.run(["run", "--frames=5", "--actions=best_of_n", f"--out={tmp_path / 'data.npz'}"])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from qsm_lightning import durable
 from qsm_lightning.commands import report
 from qsm_lightning.errors import SettingError
 from qsm_lightning.report import results
@@ -190,6 +191,45 @@ def test_kept_results_are_runs_again(make: Make, tmp_path: Path) -> None:
     report.run([str(tmp_path / "kept"), "--out", str(tmp_path / "two")])
     for name in ("table.csv", "evaluations.csv", "curves.png"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_what_is_kept_is_replaced_by_the_same_run_only(make: Make, tmp_path: Path) -> None:
+    def kept_with(*names: str, force: bool = False) -> None:
+        named = [f"QSM={tmp_path / name}" for name in names]
+        places = ["--out", str(tmp_path / "out"), "--archive", str(tmp_path / "kept")]
+        report.run([*named, *places, *(["--force"] if force else [])])
+
+    make("short", {10: 1.0})
+    make("long", {10: 1.0, 20: 2.0})
+    make("other", {10: 5.0}, model__loss__init_args__m_q=2.0)
+    kept_with("short")
+    kept_with("long")
+    (kept,) = (tmp_path / "kept").rglob("metrics.csv")
+    longer = kept.read_text()
+    assert len(longer.splitlines()) == 3
+    with pytest.raises(SettingError, match="--archive: .*QSM/seed=0 is of a run with other settings .*LABEL=FOLDER"):
+        kept_with("other")
+    with pytest.raises(SettingError, match="--archive: .*QSM/seed=0 is of a run with other settings"):
+        kept_with("long", "other", force=True)
+    assert kept.read_text() == longer
+
+
+@pytest.mark.parametrize("option", ["--out", "--archive"])
+def test_a_full_disk_ends_in_a_sentence(
+    option: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = durable.write_file
+
+    def full(path: Path, content: bytes) -> None:
+        if path.is_relative_to(tmp_path / option):
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr("qsm_lightning.durable.write_file", full)
+    make("runs/q", {10: 1.0})
+    places = [f"{name}={tmp_path / name}" for name in ("--out", "--archive")]
+    with pytest.raises(SettingError, match=f"{option} is .*, which cannot be written .*No space left"):
+        report.run([str(tmp_path / "runs"), *places])
 
 
 def test_a_name_given_on_the_command_line(make: Make, tmp_path: Path) -> None:

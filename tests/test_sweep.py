@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 
 from qsm_lightning.commands import sweep
 from qsm_lightning.commands.sweep import plan, seeds_of, variants_of
-from qsm_lightning.errors import SettingError
+from qsm_lightning.errors import SettingError, TrainingFault
 from tests import faulty_envs
 from tests.compare import assert_same
 from tests.helpers import SHRINK
@@ -112,6 +113,47 @@ def test_an_interrupted_sweep_goes_on_to_what_it_would_have_been(tmp_path: Path)
     assert "--out: " in fourth.text
     assert "was made with other settings: model.loss" in fourth.text
     assert len(list((tmp_path / "all").glob("*/version_*"))) == 2
+
+
+def test_a_torn_checkpoint_is_passed_over_as_the_run_does(tmp_path: Path) -> None:
+    args = [*TINY, "--out=all", "--checkpoint.every_frames=20", "--checkpoint.keep_last=3"]
+    first = Run(tmp_path, *args, name="qsm-sweep")
+    assert first.wait(240) == 0, first.text
+    folder = tmp_path / "all/seed=0/version_0/checkpoints"
+    newest = max(folder.glob("0*"))
+    (newest / "state.ckpt").write_bytes((newest / "state.ckpt").read_bytes()[:1000])
+    second = Run(tmp_path, *args, name="qsm-sweep")
+    assert second.wait(240) == 0, second.text
+    assert "seed=0: complete 60/60" in second.text
+    log = (tmp_path / "all/seed=0/log.txt").read_text()
+    assert f"{newest.name}/state.ckpt has 1000 bytes" in log
+    for state in folder.glob("0*/state.ckpt"):
+        state.unlink()
+    with pytest.raises(SettingError, match=r"--out: .*state.ckpt is missing.*or choose another --out"):
+        plan([*args[:-3], f"--out={tmp_path / 'all'}"])
+
+
+def test_runs_of_a_sweep_that_is_killed_save_and_end(tmp_path: Path) -> None:
+    args = [*TINY, "--out=all", "--data.total_frames=100000", "--data.eval_every_frames=100000"]
+    run = Run(tmp_path, *args, "--checkpoint.every_frames=100000", name="qsm-sweep")
+    log = tmp_path / "all/seed=0/log.txt"
+    run.until(lambda: log.is_file() and "frames 1" in log.read_text(), timeout=120)
+    run.signal(signal.SIGKILL)
+    assert run.wait() == 128 + signal.SIGKILL
+    end = time.monotonic() + 60
+    while "interrupted by SIGTERM" not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.1)
+    assert len(list((tmp_path / "all/seed=0/version_0/checkpoints").glob("0*"))) == 1
+
+
+def test_a_run_that_cannot_begin_is_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    (job,), _ = plan([*TINY, f"--out={tmp_path}"])
+    job.log.mkdir(parents=True)
+    with pytest.raises(TrainingFault, match="1 of 1 runs failed"):
+        sweep.Sweep([job], 1).run()
+    assert job.state.startswith("failed ([Errno 21] Is a directory")
 
 
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:

@@ -147,19 +147,22 @@ def best(folder: Path) -> Checkpoint | None:
     return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
 
-def newest_good(folder: Path, up_to: Checkpoint | None = None) -> tuple[Checkpoint | None, list[str]]:
+def newest_good(
+    folder: Path, up_to: Checkpoint | None = None, replay: bool = True
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose every file is as it was written, and what is wrong with the newer ones.
 
     Args:
         folder: a run's ``checkpoints`` folder.
         up_to: look at this one and older ones only.
+        replay: also at the files of replay frames.
     """
     faults = []
     for checkpoint in reversed(complete(folder)):
         if up_to is not None and checkpoint.order > up_to.order:
             continue
         try:
-            checkpoint.verify()
+            checkpoint.verify(replay)
         except DamagedError as fault:
             faults.append(str(fault))
         else:

@@ -244,7 +244,8 @@ class OffPolicyDataModule(LightningDataModule):
         self.observation_dim = self.env.observation_spec["observation"].shape[-1]
         self.action_dim = self.env.action_spec.shape[-1]
         self.timed = TIME_STEP in self.env.observation_spec
-        self._dataset = datasets.load(dataset, self.observation_dim, self.action_dim, self.timed) if dataset else None
+        sizes = self.observation_dim, self.action_dim
+        self._dataset = datasets.load(dataset, *sizes, self.timed, env) if dataset else None
         self._fingerprint = None if self._dataset is None else datasets.fingerprint(self._dataset)
         self.offline: FrameBuffer | None = None  # of this rank's part of the dataset, from setup on
         self.progress = Progress()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import logging
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 
@@ -24,11 +26,12 @@ from qsm_lightning.replay import FRAME_KEYS, TIME_STEP_KEY, Chunk, ReplayArchive
 
 Arrays = Mapping[str, np.ndarray]
 MINARI = "minari:"
+warn = rank_zero_only(logging.getLogger(__name__).warning)
 NEEDED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations", "time_steps")
 
 
-def load(source: str, observation_dim: int, action_dim: int, timed: bool = False) -> TensorDict:
+def load(source: str, observation_dim: int, action_dim: int, timed: bool = False, env: str = "") -> TensorDict:
     """The frames [N] of a dataset, with the keys of the replay buffer.
 
     Args:
@@ -37,16 +40,20 @@ def load(source: str, observation_dim: int, action_dim: int, timed: bool = False
         observation_dim: O of the environment.
         action_dim: A of the environment; actions are in [-1, 1], to which those of Minari are scaled.
         timed: whether the environment's frames carry their time step.
+        env: the environment's name; data that tell of another are taken with a warning.
 
     Raises:
         SettingError: when there is no such dataset, or it does not fit the environment.
     """
+    made_in = env
     if source.startswith(MINARI):
-        frames = _minari(source.removeprefix(MINARI))
+        frames, made_in = _minari(source.removeprefix(MINARI))
     elif Path(source).is_dir():
-        frames = _replay(Path(source))
+        frames, made_in = _replay(Path(source))
     else:
         frames = from_d4rl(_file(Path(source)), source)
+    if env and made_in not in ("", env):
+        warn("data.dataset is %r: it was made in %s, and data.env is %s", source, made_in, env)
     _check(frames, source, observation_dim, action_dim)
     require(
         not timed or TIME_STEP_KEY in frame_keys(frames),
@@ -98,12 +105,14 @@ def from_d4rl(arrays: Arrays, source: str = "dataset") -> TensorDict:
     Args:
         arrays: observations [N, O], actions [N, A], rewards [N], terminals [N]; timeouts [N] and next_observations
             [N, O] where they are known, and time_steps [N] in seconds. Without next_observations, the next observation
-            is the one that follows in the file, and the last frame of an episode that was not terminated is left out.
+            is the one that follows in the file, and the last frame of an episode that was not terminated is left out;
+            without timeouts as well, episodes end in terminal states only, and a warning says so.
         source: what messages call it.
 
     Raises:
         SettingError: when an array is missing, or is of another length.
     """
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
     missing = [name for name in NEEDED if name not in arrays]
     require(not missing, f"data.dataset is {source!r}: it has no {', '.join(missing)}; D4RL's layout is needed")
     present = [name for name in (*NEEDED, *OPTIONAL) if name in arrays]
@@ -127,6 +136,12 @@ def from_d4rl(arrays: Arrays, source: str = "dataset") -> TensorDict:
     if "next_observations" in arrays:
         following = arrays["next_observations"]
     else:
+        if "timeouts" not in arrays:
+            warn(
+                "data.dataset is %r: it has neither timeouts nor next_observations: an episode that a time limit ended "
+                "is taken to go on in the next one's start",
+                source,
+            )
         following = np.concatenate([observation[1:], observation[-1:]])
         known = terminated[:, 0] | ~ended[:, 0]  # what follows a terminal state is never asked for
         known[-1:] &= terminated[-1:, 0]
@@ -182,8 +197,8 @@ def _file(path: Path) -> Arrays:
         raise SettingError(f"data.dataset is {str(path)!r}: it cannot be read ({what}); choose another") from error
 
 
-def _minari(name: str) -> TensorDict:
-    """A Minari dataset, downloaded if it is not there."""
+def _minari(name: str) -> tuple[TensorDict, str]:
+    """A Minari dataset, downloaded if it is not there, and the environment's name if it tells one."""
     minari = _package("minari")
     try:
         dataset = minari.load_dataset(name, download=True)
@@ -200,7 +215,7 @@ def _minari(name: str) -> TensorDict:
     )
     low, high = space.low, space.high
     pieces = []
-    for episode in dataset.iterate_episodes():
+    for episode in _episodes(dataset, name):
         observation = _flat(episode.observations)
         terminated = np.asarray(episode.terminations, bool)[:, None]
         done = terminated | np.asarray(episode.truncations, bool)[:, None]
@@ -209,14 +224,25 @@ def _minari(name: str) -> TensorDict:
             _frames(observation[:-1], action, np.asarray(episode.rewards)[:, None], observation[1:], terminated, done)
         )
     require(bool(pieces), f"data.dataset is 'minari:{name}': it has no transitions; choose another")
-    return TensorDict.cat(pieces)
+    spec = dataset.env_spec
+    return TensorDict.cat(pieces), "" if spec is None else spec.id
+
+
+def _episodes(dataset: Any, name: str) -> Iterator[Any]:
+    try:
+        yield from dataset.iterate_episodes()
+    except Exception as error:  # of many kinds, by how its files are damaged
+        what = " ".join(str(error).split())
+        raise SettingError(
+            f"data.dataset is 'minari:{name}': Minari cannot read it ({what}); choose another"
+        ) from error
 
 
 def _flat(observations: Any) -> np.ndarray:
     """Observations [T, O], of a dictionary in the order of its sorted keys, as gymnasium flattens them."""
     if isinstance(observations, Mapping):
         return np.concatenate([_flat(observations[key]) for key in sorted(observations)], -1)
-    found = np.asarray(observations)
+    found = np.asarray(None if isinstance(observations, tuple) else observations)
     require(
         found.dtype.kind in "biuf",
         "data.dataset: its observations are not arrays of numbers, or dictionaries of them; choose another",
@@ -229,22 +255,30 @@ def _package(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _replay(folder: Path) -> TensorDict:
-    """The saved buffer of a run's newest checkpoint, or of the one named; of all its processes."""
+def _replay(folder: Path) -> tuple[TensorDict, str]:
+    """The saved buffer of a run's newest checkpoint, or of the one named, of all its processes; the environment."""
     saved = [Checkpoint(folder)] if (folder / checkpoints.MANIFEST).is_file() else []
     saved = saved or checkpoints.complete(folder / runs.CHECKPOINTS)
     require(
         bool(saved), f"data.dataset is {str(folder)!r}: it is neither a run with a checkpoint nor a checkpoint's folder"
     )
+    try:
+        saved[-1].verify()
+    except checkpoints.DamagedError as fault:
+        raise SettingError(
+            f"data.dataset is {str(folder)!r}: {fault}; name an older checkpoint, or another dataset"
+        ) from fault
     state = checkpoints.load(saved[-1].state)
     ranks = state["OffPolicyDataModule"]["ranks"]
+    settings = state["datamodule_hyper_parameters"]
+    share = -(-settings["buffer_size"] // len(ranks))  # where a rank does not tell its own
     pieces = []
     for number, rank in enumerate(ranks):
-        oldest = max(0, rank["written"] - rank["capacity"])
+        oldest = max(0, rank["written"] - rank.get("capacity", share))
         for chunk in (Chunk(*fields) for fields in rank["replay"] or []):
             pieces.append(ReplayArchive(saved[-1].replay, number).read(chunk)[max(0, oldest - chunk.first) :])
     require(bool(pieces), f"data.dataset is {str(folder)!r}: its replay buffer was not saved (data.save_buffer)")
-    return TensorDict.cat(pieces)
+    return TensorDict.cat(pieces), settings["env"]
 
 
 def save_npz(path: Path, frames: TensorDictBase) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
-from qsm_lightning.errors import require
+from qsm_lightning.errors import SettingError, require
 
 
 class Record(TypedDict):
@@ -34,6 +36,15 @@ def check_writable(path: Path, setting: str) -> None:
         f"{setting} is {str(path)!r}: {existing} cannot be written; choose another folder",
     )
     require(not path.is_dir(), f"{setting} is {str(path)!r}: that is a folder; choose another name")
+
+
+@contextlib.contextmanager
+def writing(path: Path, setting: str) -> Iterator[None]:
+    """Raise a :class:`SettingError` that names ``setting`` when ``path`` cannot be written, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise SettingError(f"{setting} is {str(path)!r}, which cannot be written ({error}): choose another") from error
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -97,13 +97,17 @@ def wanted(ckpt_path: str, run: Path | None, siblings: Path) -> Checkpoint:
     return checkpoint
 
 
-def whole(checkpoint: Checkpoint) -> tuple[Checkpoint, list[str]]:
+def whole(checkpoint: Checkpoint, replay: bool = True) -> tuple[Checkpoint, list[str]]:
     """This checkpoint or the newest older one that is whole, and a sentence for each one passed over.
+
+    Args:
+        checkpoint: the newest that may be taken.
+        replay: whether its replay frames have to be whole as well.
 
     Raises:
         SettingError: when none is.
     """
-    good, faults = checkpoints.newest_good(checkpoint.path.parent, checkpoint)
+    good, faults = checkpoints.newest_good(checkpoint.path.parent, checkpoint, replay)
     if good is None:
         raise SettingError(f"{faults[0]}: there is no older whole checkpoint to go on from")
     return good, [f"{fault}; going on from {good.path} instead" for fault in faults]

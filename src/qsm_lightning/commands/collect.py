@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 from tensordict import TensorDictBase
 
-from qsm_lightning import datasets
+from qsm_lightning import datasets, durable
 from qsm_lightning.collect import RecentExperience, make_collector
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.commands.trained import Trained, add_checkpoint, load
-from qsm_lightning.durable import check_writable
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require
 from qsm_lightning.replay import frame_bytes, make_replay_buffer
@@ -79,7 +78,7 @@ def run(args: list[str] | None = None) -> None:
     require(0 <= options.random <= 1, f"--random is {options.random}: it must be between 0 and 1")
     require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
     require(options.out.suffix == ".npz", f"--out is {str(options.out)!r}: give a file that ends in .npz")
-    check_writable(options.out, "--out")
+    durable.check_writable(options.out, "--out")
     trained = load(options.checkpoint, options.trust)
     selectors = (*trained.module.loss.selectors, "exploration")
     require(
@@ -96,8 +95,9 @@ def run(args: list[str] | None = None) -> None:
         "give fewer",
     )
     frames, seen = collect(trained, options.frames, options.actions, options.random, options.seed)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    datasets.save_npz(options.out, frames)
+    with durable.writing(options.out, "--out"):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        datasets.save_npz(options.out, frames)
     print(f"checkpoint: {trained.name}\nenv: {trained.env}\nframes: {len(frames)}\nepisodes: {len(seen.returns)}")
     if seen.returns:
         print(f"mean return: {sum(seen.returns) / len(seen.returns):.2f}")

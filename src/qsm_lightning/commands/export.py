@@ -51,11 +51,9 @@ def run(args: list[str] | None = None) -> None:
     metadata = _metadata(trained, options.selector, shapes)
     with trained.module.averaged_weights():
         content, checked = exported(policy, sizes["observation_dim"], options.format, metadata)
-    try:
+    with durable.writing(out, "--out"):
         out.parent.mkdir(parents=True, exist_ok=True)
         durable.write_file(out, content)
-    except OSError as error:
-        raise SettingError(f"--out is {str(out)!r}, which cannot be written ({error}): choose another") from error
     items = ", ".join(f"{name!r}: {name}" for name in shapes)
     print(f"file: {out}, {len(content):,} bytes")
     print(f"policy: {metadata['algorithm']} ({options.selector}) after {trained.frames} frames of {trained.env}")

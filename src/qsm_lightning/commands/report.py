@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qsm_lightning import durable
 from qsm_lightning.commands.base import Parser, run_command
-from qsm_lightning.durable import check_writable
 from qsm_lightning.errors import require, require_package
 
 EPILOG = """
@@ -51,9 +51,9 @@ def run(args: list[str] | None = None) -> None:
     from qsm_lightning.report.results import Result
     from qsm_lightning.report.summary import summarize
 
-    check_writable(options.out / "index.html", "--out")
+    durable.check_writable(options.out / "index.html", "--out")
     if options.archive is not None:
-        check_writable(options.archive / results.VERSIONS, "--archive")
+        durable.check_writable(options.archive / results.VERSIONS, "--archive")
     named: list[tuple[str, Result]] = []
     unnamed: list[tuple[str, Result]] = []
     for text in options.runs:
@@ -71,9 +71,12 @@ def run(args: list[str] | None = None) -> None:
     found = [result for _, result in unnamed]
     labelled = [*named, *zip(results.label(found), found, strict=True)]
     comparison, notes = results.compare(labelled, options.selector, options.force)
-    written = page.write(options.out, comparison, summarize(comparison), options.selector, notes)
+    summary = summarize(comparison)
+    with durable.writing(options.out, "--out"):
+        written = page.write(options.out, comparison, summary, options.selector, notes)
     if options.archive is not None:
-        results.archive(comparison, options.archive)
+        with durable.writing(options.archive, "--archive"):
+            results.archive(comparison, options.archive)
     print((options.out / "table.md").read_text())
     for note in notes:
         print(f"note: {note}")

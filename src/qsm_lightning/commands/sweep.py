@@ -111,11 +111,12 @@ class Job:
         Raises:
             SettingError: when what is in its folder was begun with other settings.
         """
-        saved = self.checkpoint()
-        if saved is None:
+        newest = self.checkpoint()
+        if newest is None:
             return
-        state = checkpoints.load(saved.state)
         try:
+            saved, _ = resume.whole(newest, replay=False)
+            state = checkpoints.load(saved.state)
             resume.check_settings(saved, state, settings)
             data.check_dataset(state["OffPolicyDataModule"])
         except SettingError as error:
@@ -295,18 +296,22 @@ class Sweep:
     def _train(self, job: Job) -> None:
         if self.signum is not None or job.state == "complete":
             return
-        job.folder.mkdir(parents=True, exist_ok=True)
         threads = str(max(1, (os.cpu_count() or 1) // self.at_once))
         env = {"OMP_NUM_THREADS": threads, **os.environ, launching.SWEEP: "1"}
-        with job.log.open("a") as log:
-            start = log.tell()
-            job.process = subprocess.Popen(
-                command(job), env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            job.state = "running"
-            if self.signum is not None:
-                job.process.send_signal(signal.SIGTERM)
-            status = job.process.wait()
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            with job.log.open("a") as log:
+                start = log.tell()
+                job.process = subprocess.Popen(
+                    command(job), env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                )
+        except OSError as error:
+            job.state = f"failed ({error})"
+            return
+        job.state = "running"
+        if self.signum is not None:
+            job.process.send_signal(signal.SIGTERM)
+        status = job.process.wait()
         job.look()
         job.state = "complete" if status == 0 else _why(job, start, status, self.signum)
 

@@ -16,7 +16,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from qsm_lightning.errors import require_package, require_positive
+from qsm_lightning.errors import require, require_package, require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.diffusion import DiffusionLoss, climb, networks
 from qsm_lightning.policy import DiffusionPolicy, Policy, add_action_noise
@@ -68,13 +68,16 @@ class DACER(DiffusionLoss):
         **settings: Any,
     ) -> None:
         require_positive(alpha_init=alpha_init, alpha_lr=alpha_lr, alpha_every=alpha_every, policy_delay=policy_delay)
-        require_positive(entropy_samples=entropy_samples)
+        require(
+            entropy_samples >= COMPONENTS,
+            f"entropy_samples is {entropy_samples}: it must be at least {COMPONENTS}, the Gaussians that are fitted",
+        )
         require_package("sklearn", "modes", "model.loss is dacer")
         denoiser, critics, noise_schedule = networks(observation_dim, action_dim, hidden, time_dim, schedule, T)
         super().__init__(denoiser, critics, noise_schedule, **settings)
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(alpha_init)))
         self.target_entropy = -0.9 * action_dim if target_entropy is None else target_entropy
-        self.entropy_samples = max(entropy_samples, COMPONENTS)
+        self.entropy_samples = entropy_samples
         self.every = {"actor": policy_delay, "targets": policy_delay, "alpha": alpha_every}
         self.learning_rates = {"alpha": alpha_lr}
 

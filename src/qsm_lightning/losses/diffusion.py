@@ -36,7 +36,7 @@ class DiffusionLoss(OffPolicyLoss):
             the policy picture.
         temperature: factor on the noise inside the reverse process.
         clip_sampler: clip the action to [-1, 1] after every step of the reverse process, not only at its end.
-        action_noise: deviation of the noise added to actions when collecting and in the TD target.
+        action_noise: deviation of the noise added to actions when collecting and in the TD target (but diffusion_ql's).
 
     Raises:
         SettingError: for a value outside its range.

@@ -124,7 +124,7 @@ class QSMLoss(DiffusionLoss):
         else:
             size = self.schedule.sqrt_one_minus_alpha_hats[t, None] / self.batch_temperature
         mean = batch_mean(g.abs())
-        return (mean > 0) * size / mean.clamp(min=torch.finfo(g.dtype).tiny)
+        return torch.where(mean > 0, size / mean.clamp(min=torch.finfo(g.dtype).tiny), 0.0)
 
     def _steps(self, action: Tensor) -> Tensor:
         """t [B], uniform."""

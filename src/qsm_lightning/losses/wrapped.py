@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import LossModule, ValueEstimators
 
-from qsm_lightning.losses.base import OffPolicyLoss, check_gamma, check_tau
+from qsm_lightning.losses.base import Metrics, OffPolicyLoss, check_gamma, check_tau
 from qsm_lightning.losses.diffusion import check_hidden
 from qsm_lightning.networks import MLP
 from qsm_lightning.policy import Policy
@@ -50,6 +51,7 @@ class WrappedLoss(OffPolicyLoss):
     """
 
     selectors = ("sample",)
+    _renames = False
 
     def __init__(
         self, observation_dim: int, action_dim: int, hidden: Sequence[int], gamma: float, tau: float, **settings: Any
@@ -80,6 +82,25 @@ class WrappedLoss(OffPolicyLoss):
     @abstractmethod
     def policy(self, actor: TensorDictModuleBase, explores: bool) -> Policy:
         """The policy that acts with ``actor``."""
+
+    def set_keys(self, **kwargs: Any) -> None:
+        super().set_keys(**kwargs)
+        self._renames = self.tensor_keys != self.default_keys()
+
+    def term_loss(self, term: str, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
+        return super().term_loss(term, self._renamed(tensordict) if self._renames else tensordict)
+
+    def _renamed(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """A replay batch [B] with the keys that TorchRL's loss has its networks for."""
+        keys, following = self.tensor_keys, tensordict["next"]
+        after = {
+            "observation": following[keys.observation],
+            "reward": following[keys.reward],
+            "terminated": following[keys.terminated],
+        }
+        now = {"observation": tensordict[keys.observation], "action": tensordict[keys.action]}
+        size = tensordict.batch_size
+        return TensorDict({**now, "next": TensorDict(after, size)}, size)
 
     def term_modules(self, term: str) -> list[nn.Module]:
         return [self.inner.qvalue_network_params if term == "qvalue" else self.inner.actor_network_params]

@@ -233,17 +233,41 @@ def at(results: list[Result], frames: list[int]) -> Array:
 
 
 def archive(comparison: Comparison, folder: Path) -> None:
-    """Keep each run's settings, versions and evaluations below ``folder``, as a run that can be reported again."""
+    """Keep each run's settings, versions and evaluations below ``folder``, as a run that can be reported again.
+
+    A run that is there already is replaced by one with the same settings and seed.
+
+    Raises:
+        SettingError: when runs with different settings would have the same place.
+        OSError: when the disk is full or cannot be written.
+    """
+    places: dict[Path, Result] = {}
     for env, by_label in comparison.items():
         for name, results in by_label.items():
             for result in results:
                 place = folder / re.sub(r"[/: ]+", "-", env) / re.sub(r"[/: ]+", "-", name) / f"seed={result.seed}"
-                place.mkdir(parents=True, exist_ok=True)
-                trainer = {k: v for k, v in result.config.get("trainer", {}).items() if k != "default_root_dir"}
-                config = result.config | {"trainer": trainer}  # and no path of this machine
-                durable.write_file(place / runs.CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
-                durable.write_file(place / VERSIONS, json.dumps(result.versions, indent=2).encode())
-                durable.write_file(place / runs.METRICS, _evaluations(result.run).encode())
+                before = places.get(place) or _archived(place)
+                require(
+                    before is None or before.compared == result.compared,
+                    f"--archive: {place} is of a run with other settings than {result.run}: give that its own "
+                    "LABEL=FOLDER",
+                )
+                places[place] = result
+    for place, result in places.items():
+        place.mkdir(parents=True, exist_ok=True)
+        trainer = {k: v for k, v in result.config.get("trainer", {}).items() if k != "default_root_dir"}
+        config = result.config | {"trainer": trainer}  # not where it was written
+        durable.write_file(place / runs.CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
+        durable.write_file(place / VERSIONS, json.dumps(result.versions, indent=2).encode())
+        durable.write_file(place / runs.METRICS, _evaluations(result.run).encode())
+
+
+def _archived(place: Path) -> Result | None:
+    """What is kept in a place, by its settings."""
+    try:
+        return Result(place, yaml.safe_load((place / runs.CONFIG).read_text()), {}, np.empty(0), np.empty(0))
+    except OSError:
+        return None
 
 
 def _evaluations(run: Path) -> str:

@@ -1,0 +1,38 @@
+"""QSM with ``action_noise`` in one place only: is a fixed 0.1 right, in acting and in the TD target?
+
+As losses for a sweep, beside ``qsm`` with its noise in both and with ``--model.loss.action_noise 0``::
+
+    PYTHONPATH=. qsm-sweep --config pendulum --seeds 0-2 --model.loss.m_q auto --data.eval_selector sample \\
+        --variant "both=--model.loss qsm" --variant "neither=--model.loss qsm --model.loss.action_noise 0" \\
+        --variant "acting=--model.loss benchmarks.action_noise.NoiseInActing" \\
+        --variant "target=--model.loss benchmarks.action_noise.NoiseInTarget" --trust
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qsm_lightning.losses import QSM
+from qsm_lightning.policy import Policy
+from qsm_lightning.precision import full_precision
+
+
+class NoiseInActing(QSM):
+    """No noise on the actions of the TD target."""
+
+    compilable = True
+
+    @full_precision
+    def next_action(self, next_observation: Tensor) -> Tensor:
+        """a' [B, A]: a sample for s' [B, O]."""
+        return self.sampler(next_observation)
+
+
+class NoiseInTarget(QSM):
+    """No noise on the actions that are collected."""
+
+    compilable = True
+
+    def exploration_policy(self) -> Policy:
+        """The policy that is evaluated."""
+        return self.stochastic_policy()
