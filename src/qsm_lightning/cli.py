@@ -197,8 +197,9 @@ class SaveResolvedConfig(SaveConfigCallback):
         config["ckpt_path"], config["resume"], config["trust"] = None, None, False
         text = self.parser.dump(config, skip_none=False)
         folder = runs.run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        durable.write_file(folder / self.config_filename, text.encode())
+        with durable.writing(folder, "trainer.default_root_dir"):
+            folder.mkdir(parents=True, exist_ok=True)
+            durable.write_file(folder / self.config_filename, text.encode())
         self.already_saved = True
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
+from qsm_lightning import durable
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.commands.trained import add_checkpoint, add_selector, load
 from qsm_lightning.envs import make_env
@@ -55,7 +57,8 @@ def run(args: list[str] | None = None) -> None:
         env.close()
         if options.video:
             frames, result["video_return"] = record_episode(trained.env, policy, env_seed, noise_seed)
-            write_video(options.video, frames)
+            with durable.writing(Path(options.video), "--video"):
+                write_video(options.video, frames)
             result["video"] = options.video
     if options.json:
         print(json.dumps(result))
