@@ -276,7 +276,7 @@ def test_help_and_print_config_read_well(command: Command) -> None:
     config = yaml.safe_load(printed.stdout)
     assert config["data"]["env"] == "dmc:quadruped/walk"
     assert config["data"]["num_envs"] == 2
-    assert config["model"]["loss"]["init_args"]["m_q"] == 120
+    assert config["model"]["loss"]["init_args"]["m_q"] == "auto"
     assert "--episodes" in command("qsm-eval", "--help").stdout
 
 

@@ -54,8 +54,7 @@ def test_a_configuration_trains(
     run = next(tmp_path.glob("runs/*/version_0"))
     last(run)
     config = yaml.safe_load((run / "config.yaml").read_text())
-    of_some = {"pendulum": 1.0, "dmc/quadruped_walk": 120.0, "dmc/humanoid_walk": 120.0, "toy_two_goals": 0.25}
-    expected = of_some.get(name, "auto" if name in GYM else 50.0)
+    expected = {"pendulum": 1.0, "toy_two_goals": 0.25}.get(name, "auto")
     loss = config["model"]["loss"]
     if name.startswith("cqsm/"):
         chosen = CQSMDiffusion if name == "cqsm/hopper" else CQSM
