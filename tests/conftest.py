@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from qsm_lightning import durable
 from tests.helpers import environment
 from tests.processes import Run
 
+FullDisk = Callable[[Path], None]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -30,6 +32,23 @@ def command(tmp_path: Path) -> Command:
         )
 
     return run
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> FullDisk:
+    """Fill the disk below a folder: nothing can be written there any more."""
+
+    def fill(folder: Path) -> None:
+        write = durable.write_file
+
+        def full(path: Path, content: bytes) -> None:
+            if path.is_relative_to(folder):
+                raise OSError(28, "No space left on device")
+            write(path, content)
+
+        monkeypatch.setattr("qsm_lightning.durable.write_file", full)
+
+    return fill
 
 
 @pytest.fixture

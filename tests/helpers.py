@@ -16,6 +16,7 @@ from tensordict import TensorDict
 from qsm_lightning.compiled import why_not
 
 ROOT = Path(__file__).parents[1]
+FIRST = ROOT / "tests" / "data" / "format_1"  # a run of the first version
 CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
 # Shrinks any shipped configuration to a few seconds.
 SHRINK = [

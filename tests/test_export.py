@@ -30,6 +30,7 @@ from qsm_lightning.exporting import Acting, Inputs, exact_action, example_inputs
 from qsm_lightning.losses import ALGORITHMS, CQSM, DACER, QSM, SAC, SDAC, TD3, CQSMDiffusion, DiffusionQL, OffPolicyLoss
 from qsm_lightning.policy import DiffusionPolicy, ExplorationPolicy, Policy
 from qsm_lightning.seeding import Purpose, derive_seed
+from tests.conftest import FullDisk
 from tests.helpers import ROOT, SHRINK, has
 from tests.processes import Run, trained
 
@@ -415,10 +416,7 @@ def test_what_is_there_stays_when_the_new_file_is_not_right(
     assert [path.name for path in tmp_path.iterdir()] == ["policy.pt2"]
 
 
-def test_a_full_disk_ends_in_a_sentence(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, content: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("qsm_lightning.durable.write_file", full)
+def test_a_full_disk_ends_in_a_sentence(run: Path, tmp_path: Path, full_disk: FullDisk) -> None:
+    full_disk(tmp_path)
     with pytest.raises(SettingError, match="--out is .*policy.pt2', which cannot be written .*No space left"):
         export.run([str(run), "--format", "torch-export", "--out", str(tmp_path / "policy.pt2")])

@@ -17,9 +17,8 @@ import torch
 
 from qsm_lightning import checkpoints
 from tests.compare import last, state
+from tests.helpers import FIRST
 from tests.processes import Run, fit, fit_ranks
-
-FIRST = Path(__file__).parent / "data" / "format_1"
 
 
 @pytest.fixture

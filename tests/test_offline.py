@@ -26,9 +26,9 @@ from qsm_lightning.losses import QSM, SAC
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.replay import FRAME_KEYS
 from tests.compare import assert_same, state
-from tests.conftest import Command
+from tests.conftest import Command, FullDisk
 from tests.fake_envs import Clock
-from tests.helpers import SHRINK, has, replay_batch
+from tests.helpers import FIRST, SHRINK, has, replay_batch
 from tests.processes import fit, trained
 
 CLOCK = "tests.fake_envs:Clock-v0"
@@ -223,13 +223,13 @@ def test_the_saved_buffer_of_a_run(tmp_path: Path) -> None:
 
 def test_the_saved_buffer_of_a_run_of_the_first_version() -> None:
     """Whose ranks do not tell how many frames their buffers hold."""
-    frames = datasets.load(str(Path(__file__).parent / "data" / "format_1"), 3, 1)
+    frames = datasets.load(str(FIRST), 3, 1)
     assert len(frames) == 50, "the last, of 60"
     assert torch.equal(frames["next", "observation"][:-1], frames["observation"][1:])
 
 
 def test_a_damaged_buffer_is_refused(tmp_path: Path) -> None:
-    shutil.copytree(Path(__file__).parent / "data" / "format_1", tmp_path / "run")
+    shutil.copytree(FIRST, tmp_path / "run")
     file = next((tmp_path / "run/checkpoints/replay").glob("*.pt"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -239,10 +239,8 @@ def test_a_damaged_buffer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("made_in", ["Pendulum-v1", "Swing-v1"])
-def test_data_of_another_environment_are_taken_with_a_warning(
-    made_in: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = str(Path(__file__).parent / "data" / "format_1")
+def test_data_of_another_environment_are_taken_with_a_warning(made_in: str, caplog: pytest.LogCaptureFixture) -> None:
+    run = str(FIRST)
     datasets.load(run, 3, 1, env=made_in)
     said = f"data.dataset is '{run}': it was made in Pendulum-v1, and data.env is {made_in}"
     assert caplog.messages == ([] if made_in == "Pendulum-v1" else [said])
@@ -448,9 +446,7 @@ def test_a_trained_policys_transitions_are_enough_to_learn_from(command: Command
 # qsm-collect.
 
 
-def test_collected_transitions(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_collected_transitions(tmp_path: Path, capsys: pytest.CaptureFixture[str], full_disk: FullDisk) -> None:
     """As many as asked for, of whole episodes in order; the same again from the same seed; random ones at first."""
     run = trained(tmp_path, "--config=pendulum", *SHRINK, "--model.compile=false")
     capsys.readouterr()
@@ -468,11 +464,7 @@ def test_collected_transitions(
     assert not equal(one, policy)
     with pytest.raises(SettingError, match=r"--frames is 100000000000000: that takes .* TiB of memory.*give fewer"):
         collect.run([str(run), f"--frames={10**14}", f"--out={tmp_path / 'four.npz'}"])
-
-    def full(path: Path, content: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("qsm_lightning.durable.write_file", full)
+    full_disk(tmp_path)
     with pytest.raises(SettingError, match=r"--out is .*five.npz', which cannot be written .*No space left"):
         collect.run([str(run), "--frames=5", f"--out={tmp_path / 'five.npz'}"])
     with pytest.raises(SettingError, match="--out is .*, which cannot be written .*No space left"):

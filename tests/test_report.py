@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import yaml
 
-from qsm_lightning import durable
 from qsm_lightning.commands import report
 from qsm_lightning.errors import SettingError
 from qsm_lightning.report import results
 from qsm_lightning.report.statistics import improvement, interval, iqm, share
 from qsm_lightning.report.summary import LEVELS, summarize
+from tests.conftest import FullDisk
 from tests.helpers import SHRINK
 from tests.processes import trained
 
@@ -212,21 +212,17 @@ def test_what_is_kept_is_replaced_by_the_same_run_only(make: Make, tmp_path: Pat
     with pytest.raises(SettingError, match="--archive: .*QSM/seed=0 is of a run with other settings"):
         kept_with("long", "other", force=True)
     assert kept.read_text() == longer
+    config = kept.with_name("config.yaml")
+    config.write_text("- damaged")
+    with pytest.raises(SettingError, match="QSM/seed=0 is not a run of qsm-fit that can be read"):
+        kept_with("long")
+    assert config.read_text() == "- damaged"
 
 
 @pytest.mark.parametrize("option", ["--out", "--archive"])
-def test_a_full_disk_ends_in_a_sentence(
-    option: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = durable.write_file
-
-    def full(path: Path, content: bytes) -> None:
-        if path.is_relative_to(tmp_path / option):
-            raise OSError(28, "No space left on device")
-        write(path, content)
-
-    monkeypatch.setattr("qsm_lightning.durable.write_file", full)
+def test_a_full_disk_ends_in_a_sentence(option: str, make: Make, tmp_path: Path, full_disk: FullDisk) -> None:
     make("runs/q", {10: 1.0})
+    full_disk(tmp_path / option)
     places = [f"{name}={tmp_path / name}" for name in ("--out", "--archive")]
     with pytest.raises(SettingError, match=f"{option} is .*, which cannot be written .*No space left"):
         report.run([str(tmp_path / "runs"), *places])

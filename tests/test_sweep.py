@@ -130,7 +130,7 @@ def test_a_torn_checkpoint_is_passed_over_as_the_run_does(tmp_path: Path) -> Non
     for state in folder.glob("0*/state.ckpt"):
         state.unlink()
     with pytest.raises(SettingError, match=r"--out: .*state.ckpt is missing.*or choose another --out"):
-        plan([*args[:-3], f"--out={tmp_path / 'all'}"])
+        plan([*TINY, f"--out={tmp_path / 'all'}"])
 
 
 def test_runs_of_a_sweep_that_is_killed_save_and_end(tmp_path: Path) -> None:

@@ -25,10 +25,10 @@ from qsm_lightning import checkpoints, durable, launching, resources, resume, ru
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.commands.base import ignore_ctrl_c, run_command
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, require
+from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, one_line, require
 from qsm_lightning.loggers import run_loggers
 from qsm_lightning.losses import ALGORITHMS, QSM
-from qsm_lightning.messages import ParserErrors, loss_settings, one_line, shipped_config
+from qsm_lightning.messages import ParserErrors, loss_settings, shipped_config
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.precision import check_precision
 
@@ -198,8 +198,7 @@ class SaveResolvedConfig(SaveConfigCallback):
         text = self.parser.dump(config, skip_none=False)
         folder = runs.run_folder(trainer)
         with durable.writing(folder, "trainer.default_root_dir"):
-            folder.mkdir(parents=True, exist_ok=True)
-            durable.write_file(folder / self.config_filename, text.encode())
+            durable.write_files(folder, {self.config_filename: text.encode()})
         self.already_saved = True
 
 

@@ -21,7 +21,7 @@ from tensordict.utils import NestedKey
 from qsm_lightning import checkpoints, durable, runs
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.continuous import TIME_STEP
-from qsm_lightning.errors import SettingError, require, require_package
+from qsm_lightning.errors import SettingError, one_line, require, require_package
 from qsm_lightning.replay import FRAME_KEYS, TIME_STEP_KEY, Chunk, ReplayArchive, frame_keys
 
 Arrays = Mapping[str, np.ndarray]
@@ -193,7 +193,7 @@ def _file(path: Path) -> Arrays:
         with h5py.File(path) as file:
             return {name: file[name][()] for name in names if name in file}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        what = " ".join(str(error).split())
+        what = one_line(error)
         raise SettingError(f"data.dataset is {str(path)!r}: it cannot be read ({what}); choose another") from error
 
 
@@ -203,7 +203,7 @@ def _minari(name: str) -> tuple[TensorDict, str]:
     try:
         dataset = minari.load_dataset(name, download=True)
     except Exception as error:  # of many kinds, by where it looks
-        what = " ".join(str(error).split())
+        what = one_line(error)
         raise SettingError(
             f"data.dataset is 'minari:{name}': Minari cannot load it ({what}); see minari.list_remote_datasets()"
         ) from error
@@ -232,7 +232,7 @@ def _episodes(dataset: Any, name: str) -> Iterator[Any]:
     try:
         yield from dataset.iterate_episodes()
     except Exception as error:  # of many kinds, by how its files are damaged
-        what = " ".join(str(error).split())
+        what = one_line(error)
         raise SettingError(
             f"data.dataset is 'minari:{name}': Minari cannot read it ({what}); choose another"
         ) from error

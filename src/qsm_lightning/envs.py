@@ -48,7 +48,7 @@ from qsm_lightning.continuous import (
     time_gym,
 )
 from qsm_lightning.env_faults import Guarded, ProcessEnv
-from qsm_lightning.errors import EnvironmentFault, SettingError, require, require_package
+from qsm_lightning.errors import EnvironmentFault, SettingError, one_line, require, require_package
 from qsm_lightning.theory import lq_env  # noqa: F401  # registers its environment
 from qsm_lightning.watch import beat
 
@@ -151,8 +151,7 @@ def make_gym(name: str, **kwargs: Any) -> gym.Env:
     except Exception as error:  # its constructor may raise anything
         near = difflib.get_close_matches(name, gym.registry, 1)
         hint = f"did you mean {near[0]}?" if near and near[0] != name else "see gymnasium.registry for the known ids"
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise SettingError(f"data.env is {name!r}: gymnasium cannot make it ({reason}); {hint}") from error
+        raise SettingError(f"data.env is {name!r}: gymnasium cannot make it ({one_line(error)}); {hint}") from error
     space = env.action_space
     if not isinstance(space, gym.spaces.Box):
         raise SettingError(

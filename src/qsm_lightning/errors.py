@@ -42,6 +42,11 @@ class Interrupted(BaseException):
         self.checkpoint: Path | None = None
 
 
+def one_line(message: object) -> str:
+    """A message without line breaks and its final stop."""
+    return " ".join(str(message).split()).rstrip(".")
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`SettingError` with ``message`` unless ``condition`` holds."""
     if not condition:

@@ -12,7 +12,7 @@ import yaml
 
 import qsm_lightning
 from qsm_lightning import losses
-from qsm_lightning.errors import SettingError, require
+from qsm_lightning.errors import SettingError, one_line, require
 
 SHIPPED = Path(qsm_lightning.__file__).parent / "conf"
 
@@ -40,11 +40,6 @@ def shipped_config(value: str) -> str:
         f"--config is {value!r}: it must hold settings, such as 'data:' and 'model:'",
     )
     return str(path)
-
-
-def one_line(message: object) -> str:
-    """A message without line breaks and its final stop."""
-    return " ".join(str(message).split()).rstrip(".")
 
 
 def sentence(message: str, known: list[str]) -> str:

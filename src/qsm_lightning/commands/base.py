@@ -46,9 +46,7 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
 def write_results(folder: Path, table: str, files: dict[str, bytes]) -> None:
     """Write what a command found into a folder, each file whole, and print its table and where they are."""
     with durable.writing(folder, "--out"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            durable.write_file(folder / name, content)
+        durable.write_files(folder, files)
     print(f"{table}\n{', '.join(str(folder / name) for name in files)}")
 
 

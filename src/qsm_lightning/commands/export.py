@@ -52,8 +52,7 @@ def run(args: list[str] | None = None) -> None:
     with trained.module.averaged_weights():
         content, checked = exported(policy, sizes["observation_dim"], options.format, metadata)
     with durable.writing(out, "--out"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_file(out, content)
+        durable.write_files(out.parent, {out.name: content})
     items = ", ".join(f"{name!r}: {name}" for name in shapes)
     print(f"file: {out}, {len(content):,} bytes")
     print(f"policy: {metadata['algorithm']} ({options.selector}) after {trained.frames} frames of {trained.env}")

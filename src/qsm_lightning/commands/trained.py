@@ -14,7 +14,7 @@ from qsm_lightning import checkpoints, runs, trust
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.collect import Progress
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.errors import SettingError, require
+from qsm_lightning.errors import SettingError, one_line, require
 from qsm_lightning.module import OffPolicyModule
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def load(run_or_checkpoint: str, trusted: bool = False) -> Trained:
         data = dict(state["datamodule_hyper_parameters"])
         frames = Progress(**state[OffPolicyDataModule.__qualname__]["progress"]).frames
     except (TypeError, KeyError, RuntimeError, AttributeError) as error:
-        what = " ".join(str(error).split())
+        what = one_line(error)
         raise SettingError(f"{path} has settings that qsm-fit does not write ({what}); choose another") from error
     return Trained(path, module, data, frames)
 

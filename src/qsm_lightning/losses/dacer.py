@@ -41,7 +41,7 @@ class DACER(DiffusionLoss):
         alpha_lr: learning rate of log alpha.
         alpha_every: updates between two estimates of the entropy, each a step of log alpha.
         target_entropy: the entropy in nats that alpha is adapted to; -0.9 A by default.
-        entropy_samples: actions of each state of the batch that the mixture is fitted to.
+        entropy_samples: actions of each state of the batch that the mixture is fitted to, at least 3.
         policy_delay: updates of the critics for each one of denoiser and targets.
         **settings: the settings of :class:`DiffusionLoss`.
 

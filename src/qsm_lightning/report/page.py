@@ -140,7 +140,5 @@ def write(out: Path, comparison: Comparison, summary: Summary, selector: str, no
         "evaluations.csv": evaluations_csv(comparison).encode(),
         **{f"{name}.png": image for name, image in images.items()},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in content.items():
-        durable.write_file(out / name, text)
+    durable.write_files(out, content)
     return [out / name for name in content]

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from qsm_lightning import checkpoints, durable, runs
-from qsm_lightning.errors import SettingError, require
+from qsm_lightning.errors import SettingError, one_line, require
 from qsm_lightning.losses import ALGORITHMS
 from qsm_lightning.report.statistics import Array
 
@@ -119,7 +119,7 @@ def read(run: Path, selector: str, force: bool = False) -> Result | None:
     except (OSError, yaml.YAMLError, checkpoints.DamagedError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, SettingError):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise SettingError(f"{run} is not a run of qsm-fit that can be read ({reason}): leave it out") from error
     return result if points else None
 
@@ -238,7 +238,7 @@ def archive(comparison: Comparison, folder: Path) -> None:
     A run that is there already is replaced by one with the same settings and seed.
 
     Raises:
-        SettingError: when runs with different settings would have the same place.
+        SettingError: when runs with different settings would have the same place, or what is there cannot be read.
         OSError: when the disk is full or cannot be written.
     """
     places: dict[Path, Result] = {}
@@ -246,7 +246,8 @@ def archive(comparison: Comparison, folder: Path) -> None:
         for name, results in by_label.items():
             for result in results:
                 place = folder / re.sub(r"[/: ]+", "-", env) / re.sub(r"[/: ]+", "-", name) / f"seed={result.seed}"
-                before = places.get(place) or _archived(place)
+                kept = read(place, "sample", force=True) if (place / runs.METRICS).is_file() else None
+                before = places.get(place, kept)
                 require(
                     before is None or before.compared == result.compared,
                     f"--archive: {place} is of a run with other settings than {result.run}: give that its own "
@@ -254,20 +255,14 @@ def archive(comparison: Comparison, folder: Path) -> None:
                 )
                 places[place] = result
     for place, result in places.items():
-        place.mkdir(parents=True, exist_ok=True)
         trainer = {k: v for k, v in result.config.get("trainer", {}).items() if k != "default_root_dir"}
         config = result.config | {"trainer": trainer}  # not where it was written
-        durable.write_file(place / runs.CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
-        durable.write_file(place / VERSIONS, json.dumps(result.versions, indent=2).encode())
-        durable.write_file(place / runs.METRICS, _evaluations(result.run).encode())
-
-
-def _archived(place: Path) -> Result | None:
-    """What is kept in a place, by its settings."""
-    try:
-        return Result(place, yaml.safe_load((place / runs.CONFIG).read_text()), {}, np.empty(0), np.empty(0))
-    except OSError:
-        return None
+        content = {
+            runs.CONFIG: yaml.safe_dump(config, sort_keys=False),
+            VERSIONS: json.dumps(result.versions, indent=2),
+            runs.METRICS: _evaluations(result.run),  # last: what has it is a run
+        }
+        durable.write_files(place, {name: text.encode() for name, text in content.items()})
 
 
 def _evaluations(run: Path) -> str:
