@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,11 @@ from tests.processes import Run
 
 FullDisk = Callable[[Path], None]
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: many tests wait, for processes that start, end or are late on purpose."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def reached(run: Path, frames: int) -> bool:
     return newest(run) >= frames
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_25_times_and_still_the_same_run(seed: int, tmp_path: Path) -> None:
     """At start-up, while it resumes, collects, updates, evaluates and saves."""
     moments = random.Random(seed)

@@ -153,8 +153,16 @@ def test_sigusr1_to_one_rank_saves_on_all_and_on_it_goes(tmp_path: Path) -> None
     assert run.wait() == [130, 130], run.text
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP], ids=lambda s: s.name)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "signum"),
+    [
+        (0, signal.SIGKILL),
+        (1, signal.SIGKILL),
+        (0, signal.SIGSTOP),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_a_rank_that_is_lost_ends_the_run(rank: int, signum: signal.Signals, tmp_path: Path) -> None:
     run = RankedRun(tmp_path, 2, *LONG, "--checkpoint.every_frames=16")
     run.ranks[rank].until(lambda: bool(_complete(tmp_path)))

@@ -35,12 +35,15 @@ EXACT = {
     "a ring that wraps": (["--data.buffer_size=33"], [15, 45, 75]),
     "float64": (["--trainer.precision=64-true"], [15, 45]),
     "bfloat16": (["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.5"], [45]),
-    "compiled": (["--model.compile=true", "--trainer.gradient_clip_val=0.5"], [45]),
     "averaged and clipped": (["--model.ema=0.9", "--trainer.gradient_clip_val=0.5"], [45, 60]),
     "M_q adapted": (["--model.loss.m_q=auto"], [45]),
-    "M_q adapted, compiled": (["--model.loss.m_q=auto", "--model.compile=true"], [45]),
+    "M_q adapted, clipped, compiled": (
+        ["--model.loss.m_q=auto", "--trainer.gradient_clip_val=0.5", "--model.compile=true"],
+        [45],
+    ),
     "SAC": (["--model.loss=sac"], [15, 45]),
-    "TD3 between two steps of its policy, compiled": (["--model.loss=td3", "--model.compile=true"], [45]),
+    "TD3 between two steps of its policy": (["--model.loss=td3"], [45]),
+    "TD3, compiled": (["--model.loss=td3", "--model.compile=true"], [45]),
     "Diffusion-QL": (["--model.loss=diffusion_ql"], [45]),
     "SDAC": (["--model.loss=sdac"], [45]),
     "CQSM in irregular time": (["--model.loss=cqsm", f"--data.env={MOVING}&jitter=0.5&horizon=1.7"], [15, 45]),
@@ -57,7 +60,15 @@ def run_folder(folder: Path) -> Path:
     return next(folder.glob("runs/*/version_0"))
 
 
-@pytest.mark.parametrize("case", [pytest.param(c, marks=needs_dmc) if "dm" in c or "model" in c else c for c in EXACT])
+MARKS = {
+    "dm_control": needs_dmc,
+    "a model changed at resets": needs_dmc,
+    "several dm_control tasks": needs_dmc,
+    "TD3, compiled": pytest.mark.slow,
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=MARKS.get(case, ())) for case in EXACT])
 def test_going_on_is_bitwise_equal_to_never_having_stopped(case: str, tmp_path: Path) -> None:
     """Every checkpoint of a run, in the warm-up, between evaluations, at one, in the middle of episodes."""
     settings, frames = EXACT[case]

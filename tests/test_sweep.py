@@ -105,13 +105,12 @@ def test_an_interrupted_sweep_goes_on_to_what_it_would_have_been(tmp_path: Path)
     for seed in (0, 1):
         fit(tmp_path, *TINY, "--data.total_frames=120", "--checkpoint.every_frames=10", f"--seed_everything={seed}")
         assert_same(tmp_path / f"all/seed={seed}/version_0", tmp_path / f"runs/Pendulum-v1/version_{seed}")
-    third = Run(tmp_path, *args, name="qsm-sweep")
-    assert third.wait() == 0, third.text
-    assert "running" not in third.text, "all is complete"
-    fourth = Run(tmp_path, *args, "--model.loss=sac", name="qsm-sweep")
-    assert fourth.wait() == 2
-    assert "--out: " in fourth.text
-    assert "was made with other settings: model.loss" in fourth.text
+    jobs, _ = plan([*args, f"--out={tmp_path / 'all'}"])
+    assert {job.state for job in jobs} == {"complete"}
+    other = Run(tmp_path, *args, "--model.loss=sac", name="qsm-sweep")
+    assert other.wait() == 2
+    assert "--out: " in other.text
+    assert "was made with other settings: model.loss" in other.text
     assert len(list((tmp_path / "all").glob("*/version_*"))) == 2
 
 

@@ -216,6 +216,7 @@ def test_weights_that_are_not_finite_are_not_sent(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_ray
+@pytest.mark.slow
 def test_a_failed_environment_by_ray_stops_the_run_and_processes_go_on_with_it(tmp_path: Path) -> None:
     plan(tmp_path, "raise", 20)
     text = fit(tmp_path, *TINY, "--data.collector=ray", status=3)
