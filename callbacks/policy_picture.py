@@ -64,7 +64,7 @@ class PolicyPicture(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 if self._observations is None:
-                    frames: Any = data.buffer if len(data.buffer) else data.offline
+                    frames: Any = data.buffer if len(data.buffer) else data.experience.offline
                     rows = torch.linspace(0, len(frames) - 1, self.states).long()
                     self._observations = frames[rows]["observation"].clone()
                 with pl_module.averaged_weights():  # type: ignore[operator]

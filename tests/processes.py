@@ -66,7 +66,7 @@ class Run:
     def text(self) -> str:
         return self.log.read_text()
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """The exit status, as a shell gives it."""
         self.process.join(timeout)
         if self.process.is_alive():
@@ -76,7 +76,7 @@ class Run:
         assert code is not None
         return code if code >= 0 else 128 - code
 
-    def until(self, condition: Callable[[], bool], timeout: float = 60, pause: float = 0.01) -> None:
+    def until(self, condition: Callable[[], bool], timeout: float = 180, pause: float = 0.01) -> None:
         """Wait for something to be so while it runs."""
         end = time.monotonic() + timeout
         while not condition():
@@ -116,7 +116,7 @@ class RankedRun:
     def text(self) -> str:
         return "".join(rank.text for rank in self.ranks)
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 300) -> list[int]:
         """The exit status of each."""
         end = time.monotonic() + timeout
         try:

@@ -115,7 +115,10 @@ def test_a_signal_stops_with_a_checkpoint_from_anywhere(place: str, signum: int,
     """Going on from there is exact as well."""
     settings = {
         "warm-up": ["--data.init_random_frames=3000", "--data.total_frames=3010", "--data.eval_every_frames=3010"],
-        "update": ["--data.frames_per_batch=400", "--data.total_frames=1200", "--data.eval_every_frames=1200"],
+        "update": [
+            *("--data.frames_per_batch=400", "--data.total_frames=1200", "--data.eval_every_frames=1200"),
+            "--data.storage=memmap",
+        ],
         "evaluation": ["--data.eval_episodes=20", "--data.eval_selector=best_of_n"],
     }[place]
     for name in ("one", "two"):
@@ -123,6 +126,8 @@ def test_a_signal_stops_with_a_checkpoint_from_anywhere(place: str, signum: int,
     whole = Run(tmp_path / "one", *TINY, *settings)
     stopped = Run(tmp_path / "two", *TINY, *settings)
     stopped.until(lambda: "replay buffer" in stopped.text)
+    if place == "update":
+        stopped.until(lambda: bool(list(tmp_path.glob("two/runs/*/*/replay-*/**/*.memmap"))))
     if place == "evaluation":
         stopped.until(lambda: bool(list(tmp_path.glob("two/runs/*/*/metrics.csv"))))
         stopped.until(lambda: len((run_folder(tmp_path / "two") / "metrics.csv").read_text().splitlines()) > 3)

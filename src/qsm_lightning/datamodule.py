@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, astuple
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -36,12 +36,13 @@ from qsm_lightning.errors import (
     require_positive,
 )
 from qsm_lightning.evaluation import run_episodes
+from qsm_lightning.experience import Experience
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.losses.base import non_finite
 from qsm_lightning.plain import generators_state, load_generators_state
 from qsm_lightning.policy import Policy
 from qsm_lightning.precision import full_precision_on
-from qsm_lightning.replay import Chunk, FrameBuffer, ReplayArchive, Storage, copies_in, make_replay_buffer
+from qsm_lightning.replay import FrameBuffer, Storage
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
 from qsm_lightning.stopping import Stopping
 from qsm_lightning.watch import Watch
@@ -247,7 +248,6 @@ class OffPolicyDataModule(LightningDataModule):
         sizes = self.observation_dim, self.action_dim
         self._dataset = datasets.load(dataset, *sizes, self.timed, env) if dataset else None
         self._fingerprint = None if self._dataset is None else datasets.fingerprint(self._dataset)
-        self.offline: FrameBuffer | None = None  # of this rank's part of the dataset, from setup on
         self.progress = Progress()
         self.recent = RecentExperience()
         self.ranks = Ranks()
@@ -259,7 +259,6 @@ class OffPolicyDataModule(LightningDataModule):
         self.started = False  # from then on there is a state to save
         self._chunks: Iterator[TensorDictBase] | None = None
         self._owed: list[TensorDictBase] | None = None
-        self._archive: ReplayArchive | None = None
         self._env_broken = False
         self._env_new = False
         self._generators: dict[str, Any] | None = None
@@ -301,14 +300,21 @@ class OffPolicyDataModule(LightningDataModule):
         self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         if self.storage == "memmap":
             self._mapped = self._empty_folder()
-        self._make_buffer(self.ranks.share(self.buffer_size))
+        self.experience = Experience(
+            self.ranks,
+            self.buffer_size,
+            partial(self._seed, Purpose.SAMPLER),
+            copies=self.num_envs * (1 if self.collector_kind == "local" else self.collector_workers),
+            window=self._loss.window,
+            offline_share=self.offline_share,
+            saved=self.save_buffer,
+            folder=self._mapped,
+            device=self.trainer.strategy.root_device if self.storage == "device" else "cpu",
+        )
         if self._dataset is not None:
-            mine = self.ranks.part(len(self._dataset))  # in one piece, as frames may have to follow each other
-            part = self._dataset[mine.start : mine.stop]
-            copies = self._copies_of(part) if self._loss.window > 1 else 1
-            seed = self._seed(Purpose.OFFLINE_SAMPLER)
-            self.offline = make_replay_buffer(len(part), None, seed, copies, self._storage_device)
-            self.offline.extend(part)
+            self.experience.add_dataset(
+                self._dataset, self._seed(Purpose.OFFLINE_SAMPLER), str(self.hparams["dataset"])
+            )
             self._dataset = None
 
     def check_ranks(self, count: int) -> None:
@@ -340,16 +346,6 @@ class OffPolicyDataModule(LightningDataModule):
             f"data.dataset is {self.hparams['dataset']!r}: the checkpoint's run learned from another or from none; "
             "give what it was begun with",
         )
-
-    def _make_buffer(self, capacity: int) -> None:
-        folder = str(self._mapped) if self._mapped else None
-        copies = self.num_envs * (1 if self.collector_kind == "local" else self.collector_workers)
-        self.buffer = make_replay_buffer(capacity, folder, self._seed(Purpose.SAMPLER), copies, self._storage_device)
-
-    @property
-    def _storage_device(self) -> torch.device:
-        assert self.trainer is not None
-        return self.trainer.strategy.root_device if self.storage == "device" else torch.device("cpu")
 
     def start(self) -> None:
         """Begin to collect, with the random streams of a new run or the saved ones: the last thing before training."""
@@ -444,6 +440,11 @@ class OffPolicyDataModule(LightningDataModule):
     # Data flow.
 
     @property
+    def buffer(self) -> FrameBuffer:
+        """The replay buffer of this rank."""
+        return self.experience.buffer
+
+    @property
     def _loss(self) -> OffPolicyLoss:
         return cast(OffPolicyLoss, self._module.loss)
 
@@ -532,7 +533,7 @@ class OffPolicyDataModule(LightningDataModule):
             self._collect_chunk()
         updates = self.progress.updates_owed(self.utd, self.warm_up)
         self.progress.updates += updates
-        return [self._sample() for _ in range(updates)]
+        return [self.experience.sample(self._rank_batch) for _ in range(updates)]
 
     def _collect_chunk(self) -> None:
         chunk = self.stopping.together(lambda: self.surviving(self._next_chunk, self._rebuild_env))
@@ -542,30 +543,6 @@ class OffPolicyDataModule(LightningDataModule):
         self.progress.frames += chunk.numel() * self.ranks.count
         self.progress.episodes += self.recent.add(chunk)
         self.buffer.extend(chunk)
-
-    def _sample(self) -> TensorDictBase:
-        """A minibatch: of what was collected, or with the dataset's share."""
-        if self.offline is None:
-            return self._drawn(self.buffer, self._rank_batch)
-        collected = min(self._rank_batch - round(self.offline_share * self._rank_batch), len(self.buffer))
-        parts = [self._drawn(self.offline, self._rank_batch - collected)]
-        if collected:
-            parts.append(self._drawn(self.buffer, collected))
-        return TensorDict.cat(parts)
-
-    def _copies_of(self, frames: TensorDictBase) -> int:
-        """How many environments take turns in a dataset, for a loss that looks ahead."""
-        copies, going_on = copies_in(frames)
-        require(
-            going_on > 0.5,
-            f"data.dataset is {self.hparams['dataset']!r}: {going_on:.0%} of its transitions begin where the one "
-            "before ended, and model.loss.window looks ahead; put them in the order of time",
-        )
-        return copies
-
-    def _drawn(self, buffer: FrameBuffer, count: int) -> TensorDictBase:
-        window = self._loss.window
-        return buffer.sample(count) if window == 1 else buffer.sample_windows(count, window)
 
     @property
     def _rank_batch(self) -> int:
@@ -681,16 +658,8 @@ class OffPolicyDataModule(LightningDataModule):
 
     def save_replay(self, folder: Path) -> dict[str, durable.Record]:
         """Write the frames added since the last call into ``folder``; returns the files of all ranks' buffers."""
-        if not self.save_buffer:
-            return {}
-        if self._archive is None or self._archive.folder != folder:
-            self._archive = ReplayArchive(folder, self.ranks.rank)
-        archive = self._archive
-
-        def save() -> dict[str, durable.Record]:
-            return {chunk.file: chunk.record for chunk in (archive.save(self.buffer) if len(self.buffer) else [])}
-
-        return {name: record for part in self.ranks.attempt(save) for name, record in part.items()}
+        parts = self.ranks.attempt(lambda: self.experience.save(folder))
+        return {name: record for part in parts for name, record in part.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a process needs to go on: the ranks' counters, generators, environments; buffers by file name."""
@@ -703,17 +672,12 @@ class OffPolicyDataModule(LightningDataModule):
         if not self._env_broken:
             with contextlib.suppress(NoStateError):
                 envs = self._env_states()
-        saved = self._archive is not None and self.save_buffer
         return {
             "progress": asdict(self.progress),
             "recent": asdict(self.recent),
             "generators": generators_state(),
-            "sampler": self.buffer._rng.get_state(),
             "dataset": self._fingerprint,
-            "offline_sampler": self.offline._rng.get_state() if self.offline is not None else None,
-            "replay": [astuple(chunk) for chunk in cast(ReplayArchive, self._archive).chunks] if saved else None,
-            "written": self.buffer.write_count,
-            "capacity": self.buffer.storage.max_size,
+            **self.experience.state(),
             "carrier": self.collector._carrier.clone().to_dict() if envs is not None else None,
             "envs": envs,
             "owed": None if self._owed is None else (_stacked(self._owed), len(self._owed)),
@@ -732,15 +696,8 @@ class OffPolicyDataModule(LightningDataModule):
         self.recent = RecentExperience(**mine["recent"])
         if mine["replay"] is None:
             self._refill()
-        elif len(saved) == self.ranks.count:
-            self._load_replay(mine)
-        else:
-            self._load_part(saved)
+        self.experience.load(mine, saved, self._saved_frames)
         self._load_envs(mine)
-        if mine["sampler"] is not None:
-            self.buffer._rng.set_state(mine["sampler"])
-        if self.offline is not None and mine["offline_sampler"] is not None:
-            self.offline._rng.set_state(mine["offline_sampler"])
         if mine["owed"] is not None:
             updates, count = mine["owed"]
             self._owed = [minibatch.clone() for minibatch in TensorDict(updates, [count, self._rank_batch])]
@@ -766,21 +723,6 @@ class OffPolicyDataModule(LightningDataModule):
         """Warn of what is so on all ranks, once."""
         if self.ranks.rank == 0:
             log.warning(message, *values)
-
-    def _load_replay(self, mine: dict[str, Any]) -> None:
-        """Put every frame where it was."""
-        if "capacity" in mine:  # a buffer that was put together from other ranks' may hold more than its share
-            self._make_buffer(mine["capacity"])
-        chunks = [Chunk(*fields) for fields in mine["replay"]]
-        self._archive = ReplayArchive(self._saved_frames, self.ranks.rank, chunks)
-        self._archive.load(self.buffer, mine["written"])
-
-    def _load_part(self, saved: list[dict[str, Any]]) -> None:
-        """Take this rank's part of the frames that another number of ranks saved."""
-        frames, capacity = sharding.part_of_frames(saved, self._saved_frames, self.ranks, self.buffer_size)
-        self._make_buffer(max(capacity, self.ranks.share(self.buffer_size)))
-        for piece in frames:
-            self.buffer.extend(piece)
 
     def _refill(self) -> None:
         """Without the frames, updates wait for new ones, or go on with the dataset's."""

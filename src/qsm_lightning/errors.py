@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import signal
 from pathlib import Path
 
@@ -54,15 +55,17 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(**settings: float) -> None:
-    """Raise :class:`SettingError` for the first of ``settings`` that is not above zero."""
+    """Raise :class:`SettingError` for the first of ``settings`` that is not above zero and finite."""
     for name, value in settings.items():
         require(value > 0, f"{name.replace('__', '.')} is {value}: it must be greater than 0")
+        require(value < math.inf, f"{name.replace('__', '.')} is {value}: it must be finite")
 
 
 def require_not_negative(**settings: float) -> None:
-    """Raise :class:`SettingError` for the first of ``settings`` that is below zero."""
+    """Raise :class:`SettingError` for the first of ``settings`` that is below zero or not finite."""
     for name, value in settings.items():
         require(value >= 0, f"{name.replace('__', '.')} is {value}: it must not be negative")
+        require(value < math.inf, f"{name.replace('__', '.')} is {value}: it must be finite")
 
 
 def require_package(module: str, extra: str, what: str) -> None:

@@ -90,9 +90,8 @@ class QSMLoss(DiffusionLoss):
         self.batch_temperature = batch_temperature
         self.m_q_slope = m_q_slope
         if m_q == "auto":
-            self.log_size = nn.Parameter(
-                torch.zeros(1)
-            )  # not a scalar, whose gradient torch's compiler loses in float64
+            # Not a scalar: torch's compiler loses the gradient of one in float64.
+            self.log_size = nn.Parameter(torch.zeros(1))
             self.terms = (*self.terms, "m_q")
             self.learning_rates = {"m_q": m_q_lr}
 
