@@ -18,6 +18,7 @@ FullDisk = Callable[[Path], None]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One more than cores: many tests wait, for processes that start, end or are late on purpose."""
     return (os.cpu_count() or 1) + 1

@@ -106,7 +106,7 @@ class OffPolicyDataModule(LightningDataModule):
         storage_dir: folder in which memmap makes its own, removed at the end; the run's folder by default.
         save_buffer: save the replay buffer with every checkpoint; without it a resumed run has to refill the buffer.
         utd: gradient updates per frame; may be a fraction.
-        eval_every_frames: frames between evaluations (an epoch), rounded up to whole batches.
+        eval_every_frames: frames between evaluations (an epoch), rounded up to whole rounds.
         eval_episodes: episodes of each evaluation, from the same starts every time.
         eval_selector: evaluate one sample per step, the best_of_n samples by the smaller critic, or both; with both,
             eval/return is sample's.
@@ -307,7 +307,7 @@ class OffPolicyDataModule(LightningDataModule):
             copies=self.num_envs * (1 if self.collector_kind == "local" else self.collector_workers),
             window=self._loss.window,
             offline_share=self.offline_share,
-            saved=self.save_buffer,
+            save_frames=self.save_buffer,
             folder=self._mapped,
             device=self.trainer.strategy.root_device if self.storage == "device" else "cpu",
         )
