@@ -300,7 +300,10 @@ def test_the_shipped_pendulum_run_learns(precision: str, command: Command) -> No
 
 
 LEARN_PENDULUM: dict[str, list[str]] = {
-    "dacer": ["--model.loss.alpha_every=1000"],  # eight times
+    "dacer": [
+        *("--model.loss.alpha_every=1000", "--model.loss.hidden=[128,128]"),  # the entropy is estimated six times
+        "--data.total_frames=7500",
+    ],
     "diffusion_ql": [],
     "sac": [],
     "sdac": [
