@@ -304,7 +304,7 @@ LEARN_PENDULUM: dict[str, list[str]] = {
         *("--model.loss.alpha_every=1000", "--model.loss.hidden=[128,128]"),  # the entropy is estimated six times
         "--data.total_frames=7500",
     ],
-    "diffusion_ql": [],
+    "diffusion_ql": ["--model.loss.hidden=[128,128]", "--data.total_frames=7500", "--model.compile=true"],
     "sac": [],
     "sdac": [
         *("--model.loss.entropy_coef=1", "--model.loss.reverse_samples=8", "--model.loss.hidden=[128,128]"),
