@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qsm_lightning import checkpoints
+from qsm_lightning.collect import GymCollector
 from tests.compare import assert_same, curves, differences, last, rows, state
 from tests.faulty_envs import AGE, EPISODE, LENGTH, LIFE, LIVES, NAME, plan
 from tests.helpers import SHRINK
@@ -210,6 +211,7 @@ def test_environments_built_anew_get_no_second_warm_up(tmp_path: Path, monkeypat
     plan(tmp_path, "raise", 50)
     _, data = train(tmp_path, NAME, env_restarts=1)
     assert data.progress.env_restarts == 1
+    assert isinstance(data.collector, GymCollector)
     assert data.collector._frames == data.progress.frames
 
 

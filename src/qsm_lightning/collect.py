@@ -16,13 +16,14 @@ from tensordict.nn import TensorDictModuleBase
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 
+from qsm_lightning.env_state import env_states, load_env_states
 from qsm_lightning.envs import GuardedGymWrapper, gym_copies
 from qsm_lightning.policy import Policy
 
 
 def make_collector(
     env: EnvBase, policy: TensorDictModuleBase, frames_per_batch: int, init_random_frames: int
-) -> Collector:
+) -> GymCollector:
     """An endless collector yielding chunks of ``frames_per_batch`` frames, stepped in this process.
 
     Every chunk that begins before ``init_random_frames`` takes uniform actions. The policy is used as it is, not
@@ -64,6 +65,24 @@ class GymCollector(Collector):
 
     _carrier: TensorDictBase
     _room: Room | None = None
+
+    def env_state(self) -> dict[str, Any]:
+        """Where the environments are in their episodes, as plain data.
+
+        Raises:
+            NoStateError: if one of them cannot tell.
+        """
+        return {"envs": env_states(self.env), "carrier": self._carrier.clone().to_dict()}
+
+    def load_env_state(self, state: dict[str, Any]) -> None:
+        """Go on with what :meth:`env_state` gave, after a reset.
+
+        Raises:
+            NoStateError: if an environment cannot.
+        """
+        load_env_states(self.env, state["envs"])
+        carrier = TensorDict(state["carrier"], self.env.batch_size)
+        self._carrier = carrier if self._carrier.device is None else carrier.to(self._carrier.device)
 
     def _short_rollout(self, copies: list[GuardedGymWrapper], policy: Policy) -> TensorDict:
         room = self._room

@@ -21,11 +21,11 @@ from torchrl.envs import EnvBase
 
 from qsm_lightning import datasets, durable, launching, runs, sharding
 from qsm_lightning.checkpoints import Checkpoint
-from qsm_lightning.collect import Progress, RecentExperience, as_written, make_collector
+from qsm_lightning.collect import GymCollector, Progress, RecentExperience, as_written, make_collector
 from qsm_lightning.compiled import compile_acting
 from qsm_lightning.continuous import TIME_STEP
 from qsm_lightning.distributed import Ranks
-from qsm_lightning.env_state import NoStateError, env_states, load_env_states
+from qsm_lightning.env_state import NoStateError
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import (
     EnvironmentFault,
@@ -51,7 +51,6 @@ from qsm_lightning.workers import Workers, require_ray
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-WITH_WORKERS = "it is with the workers of data.collector"
 FRAMES_PER_BATCH = 10  # of a training batch, where rounds have fewer: Lightning's work for one is then a few per cent
 SELECTORS = ("sample", "best_of_n")
 
@@ -255,8 +254,8 @@ class OffPolicyDataModule(LightningDataModule):
         self._watch: Watch | None = None
         self._eval_env: EnvBase | None = None
         self._mapped: Path | None = None
-        self._workers: Workers | None = None
         self.started = False  # from then on there is a state to save
+        self.collector: GymCollector | Workers
         self._chunks: Iterator[TensorDictBase] | None = None
         self._owed: list[TensorDictBase] | None = None
         self._env_broken = False
@@ -356,7 +355,7 @@ class OffPolicyDataModule(LightningDataModule):
         else:
             load_generators_state(self._generators)
         try:
-            self._env_states()
+            self.collector.env_state()
         except NoStateError as reason:
             self._say(
                 "%s cannot give its state (%s): if this run is resumed, the episodes under way begin anew, "
@@ -386,21 +385,16 @@ class OffPolicyDataModule(LightningDataModule):
         policy = self._loss.exploration_policy()
         if isinstance(policy, Policy) and self._module.compiles(self.trainer, self):
             compile_acting(policy)
-        self.collector = make_collector(
-            self.env,
-            policy,
-            self.frames_per_batch,
-            self.ranks.share(self.warm_up),
-        )
-        self.collector._frames = self.progress.frames // self.ranks.count
-        self._chunks, self._env_new = iter(self.collector), False
+        collector = make_collector(self.env, policy, self.frames_per_batch, self.ranks.share(self.warm_up))
+        collector._frames = self.progress.frames // self.ranks.count
+        self.collector, self._chunks, self._env_new = collector, iter(collector), False
 
     def _start_workers(self) -> None:
         """Collect by workers; the environment made here only told its dimensions."""
         _close(self.env)
         updates_per_chunk = math.ceil(as_written(self.utd) * self.frames_per_batch * self.ranks.count)
         staleness = self.collector_max_staleness
-        self._workers = Workers(
+        workers = Workers(
             cast(Any, self.collector_kind),
             partial(self._make_env, self.num_envs),
             [(self._seed(Purpose.TRAIN_ENV, w), self._seed(Purpose.NOISE, w)) for w in range(self.collector_workers)],
@@ -412,7 +406,7 @@ class OffPolicyDataModule(LightningDataModule):
             updates=lambda: self.progress.updates,
             timeout=self.env_timeout,
         )
-        self._chunks, self._env_new = self._workers, False
+        self.collector, self._chunks, self._env_new = workers, workers, False
 
     def _empty_folder(self) -> Path:
         """A folder for the mapped files, the same for every process that goes on with the run."""
@@ -538,8 +532,8 @@ class OffPolicyDataModule(LightningDataModule):
     def _collect_chunk(self) -> None:
         chunk = self.stopping.together(lambda: self.surviving(self._next_chunk, self._rebuild_env))
         self._env_broken = False
-        if self._workers is not None:
-            self.recent.staleness.append(self._workers.staleness)
+        if isinstance(self.collector, Workers):
+            self.recent.staleness.append(self.collector.staleness)
         self.progress.frames += chunk.numel() * self.ranks.count
         self.progress.episodes += self.recent.add(chunk)
         self.buffer.extend(chunk)
@@ -549,10 +543,10 @@ class OffPolicyDataModule(LightningDataModule):
         return self.batch_size // self.ranks.count
 
     def _next_chunk(self) -> TensorDictBase:
-        assert self._chunks is not None
         self._env_broken = True  # until the chunk is stored, the environments are ahead of what a checkpoint holds
-        if self._env_new:
+        if self._chunks is None:
             self._start_env()
+        assert self._chunks is not None
         return next(self._chunks)
 
     def evaluate(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -639,9 +633,9 @@ class OffPolicyDataModule(LightningDataModule):
     def _close_envs(self) -> None:
         """Close the training environments."""
         _close(self.env)
-        if self._workers is not None:
-            self._workers.close()
-            self._workers = None
+        if isinstance(self._chunks, Workers):
+            self._chunks.close()
+        self._chunks = None
 
     def _build(self, num_envs: int) -> EnvBase:
         """Make environments in mid-run; what goes wrong then is a fault of theirs, not of a setting."""
@@ -668,25 +662,19 @@ class OffPolicyDataModule(LightningDataModule):
         return {"progress": asdict(self.progress), "ranks": self.ranks.gather(self._rank_state())}
 
     def _rank_state(self) -> dict[str, Any]:
-        envs: list[Any] | None = None
+        env_state: dict[str, Any] = {"envs": None, "carrier": None}
         if not self._env_broken:
             with contextlib.suppress(NoStateError):
-                envs = self._env_states()
+                env_state = self.collector.env_state()
         return {
             "progress": asdict(self.progress),
             "recent": asdict(self.recent),
             "generators": generators_state(),
             "dataset": self._fingerprint,
             **self.experience.state(),
-            "carrier": self.collector._carrier.clone().to_dict() if envs is not None else None,
-            "envs": envs,
+            **env_state,
             "owed": None if self._owed is None else (_stacked(self._owed), len(self._owed)),
         }
-
-    def _env_states(self) -> list[Any]:
-        if self.collector_kind != "local":
-            raise NoStateError(WITH_WORKERS)
-        return env_states(self.env)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = state_dict["ranks"]
@@ -743,15 +731,9 @@ class OffPolicyDataModule(LightningDataModule):
         try:
             if mine["envs"] is None:
                 raise NoStateError("the checkpoint has no state of theirs")
-            if self._workers is not None:
-                raise NoStateError(WITH_WORKERS)
-            load_env_states(self.env, mine["envs"])
+            self.collector.load_env_state(mine)
         except NoStateError as reason:
             why = str(reason)
-        else:
-            carrier = TensorDict(mine["carrier"], self.env.batch_size)
-            on_cpu = self.collector._carrier.device is None
-            self.collector._carrier = carrier if on_cpu else carrier.to(self.env.device)
         reasons = self.ranks.gather(why)
         for why in sorted(set(reasons) - {""}):
             whose = [str(rank) for rank, other in enumerate(reasons) if other == why]

@@ -32,6 +32,7 @@ from torchrl.envs import EnvBase
 
 from qsm_lightning.collect import in_order_of_time
 from qsm_lightning.env_faults import Guarded, belong_to_parent
+from qsm_lightning.env_state import NoStateError
 from qsm_lightning.errors import EnvironmentFault, SettingError, TrainingFault, require
 from qsm_lightning.watch import beat
 
@@ -127,6 +128,14 @@ class Workers:
         if self._ahead:
             self._request()
         return in_order_of_time(chunk.flatten(0, 1) if chunk.ndim == 3 else chunk)
+
+    def env_state(self) -> dict[str, Any]:
+        """Never known here: what a checkpoint of the learner has no hold on begins anew."""
+        raise NoStateError("it is with the workers of data.collector")
+
+    def load_env_state(self, state: dict[str, Any]) -> None:
+        """As :meth:`env_state`."""
+        self.env_state()
 
     def _request(self) -> None:
         """Have the next chunk collected, with new weights if the old ones would be too old when it arrives."""
