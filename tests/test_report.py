@@ -116,7 +116,7 @@ def make(config: dict[str, Any], tmp_path: Path) -> Make:
     return write
 
 
-SAC = {"model__loss": {"class_path": "qsm_lightning.losses.SAC", "init_args": {}}}
+SAC, TD3 = ({"model__loss": {"class_path": f"qsm_lightning.losses.{name}", "init_args": {}}} for name in ("SAC", "TD3"))
 
 
 def test_names_tell_what_differs(make: Make) -> None:
@@ -332,6 +332,26 @@ def test_what_shortens_or_leaves_out_is_noted(make: Make, tmp_path: Path, capsys
     for note in ("Pendulum-v1 is compared up to 10 of 20 frames", "sac is left out where tasks are taken together"):
         assert note in said
         assert note in page
+
+
+def test_a_run_that_was_stopped_does_not_shorten_complete_ones(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(2):
+        make(f"ended/{seed}", {10: 1.0, 20: 2.0}, seed_everything=seed, data__total_frames=20)
+        make(f"stopped/{seed}", {5: 7.0, 10: 9.0}, seed_everything=seed, data__total_frames=20, **SAC)
+        make(f"other/{seed}", {10: 3.0, 20: 4.0}, seed_everything=seed, data__total_frames=20, **TD3)
+    report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| Pendulum-v1 | qsm | 2 | 20 | 2 [2, 2]" in table
+    assert "| Pendulum-v1 | td3 | 2 | 20 | 4 [4, 4]" in table
+    assert "| Pendulum-v1 | sac | 2 | 10 | 9 [9, 9]" in table
+    said = capsys.readouterr().out
+    assert "sac is shown up to 10 frames on Pendulum-v1, where a run of it was stopped" in said
+    runs = [result for run in results.find(tmp_path) if (result := results.read(run, "sample"))]
+    found = summarize(results.compare(zip(results.label(runs), runs, strict=True))[0])
+    assert found.labels == ["qsm", "td3"]
+    assert found.frames == {"Pendulum-v1": {"qsm": [10, 20], "td3": [10, 20], "sac": [5, 10]}}
 
 
 @pytest.mark.parametrize(

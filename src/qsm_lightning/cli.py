@@ -28,7 +28,7 @@ from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, one_line, require
 from qsm_lightning.loggers import run_loggers
 from qsm_lightning.losses import ALGORITHMS, QSM
-from qsm_lightning.messages import ParserErrors, loss_settings, shipped_config
+from qsm_lightning.messages import SHIPPED, ParserErrors, loss_settings, shipped_config
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.precision import check_precision
 
@@ -215,7 +215,7 @@ def fit(args: list[str] | None = None) -> None:
 def build(args: list[str] | None) -> FitCLI:
     """Parse and instantiate everything; whatever is wrong with the settings ends in a :class:`SettingError`."""
     try:
-        args, run, trusted = _resumed(_with_class_of_loss(sys.argv[1:] if args is None else args))
+        args, run, trusted = _resumed(_with_loss(sys.argv[1:] if args is None else args))
         cli = _cli(args, run)
     except SettingError:
         raise
@@ -228,18 +228,28 @@ def build(args: list[str] | None) -> FitCLI:
     return cli
 
 
-def _with_class_of_loss(args: list[str]) -> list[str]:
-    """The arguments with ``--model.loss sac`` as a class path."""
+def _with_loss(args: list[str]) -> list[str]:
+    """The arguments with ``--model.loss sac`` as a class path, and ``--config algo/sac`` after other configurations.
+
+    A run that is resumed has its own configuration.
+    """
     named = {name: f"qsm_lightning.losses.{cls.__name__}" for name, cls in ALGORITHMS.items()}
     found: list[str] = []
-    for arg in args:
+    after, own, resumed = 0, None, False  # after the last --config; the name of the loss
+    for arg in sorted(args, key=lambda arg: arg.partition("=")[0] == "--print_config"):  # it prints what came before
         option, _, name = arg.partition("=")
         if option == "--model.loss" and name in named:
-            arg = f"{option}={named[name]}"
-        elif found and found[-1] == "--model.loss":
-            arg = named.get(arg, arg)
+            own, arg = name, f"{option}={named[name]}"
+        elif found and found[-1] == "--model.loss" and arg in named:
+            own, arg = arg, named[arg]
         found.append(arg)
-    return found
+        resumed = resumed or option == "--resume"
+        if option in ("-c", "--config") or found[-2:-1] in (["-c"], ["--config"]):
+            after = len(found)
+    settings = SHIPPED / f"algo/{own}.yaml"
+    if own is None or resumed or not settings.is_file():
+        return found
+    return [*found[:after], f"--config={settings}", *found[after:]]
 
 
 def _resumed(args: list[str]) -> tuple[list[str], Path | None, bool]:

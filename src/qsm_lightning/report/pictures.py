@@ -22,7 +22,8 @@ def colours(summary: Summary) -> dict[str, str]:
 
 
 def _line(axis: Axes, x: Array, band: Band, colour: str, name: str) -> None:
-    axis.plot(x, band.value, color=colour, label=name, lw=1.8)
+    single = bool(np.isnan(band.low).all())
+    axis.plot(x, band.value, color=colour, label=name, lw=1.8, ls="--" if single else "-")
     axis.fill_between(x, band.low, band.high, color=colour, alpha=0.18, lw=0)
 
 
@@ -40,9 +41,8 @@ def learning_curves(summary: Summary) -> Figure:
     axes = figure.subplots(lines, columns, squeeze=False)
     colour = colours(summary)
     for axis, (env, curves) in zip(axes.flat, summary.curves.items(), strict=False):
-        frames = np.array(summary.frames[env]) / 1000
         for name, band in curves.items():
-            _line(axis, frames, band, colour[name], name)
+            _line(axis, np.array(summary.frames[env][name]) / 1000, band, colour[name], name)
         axis.set(title=env, xlabel="frames / 1000")
         _plain(axis)
     for axis in axes.flat[count:]:

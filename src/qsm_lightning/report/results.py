@@ -196,20 +196,28 @@ def compare(
         )
         common = common_frames(by_label)
         require(
-            len(common) > 0,
+            all(common.values()),
             f"the runs of {env} were never evaluated at the same frame: compare runs with one data.eval_every_frames "
             "and one data.num_envs",
         )
-        shortest = min(every, key=lambda result: result.frames[-1])
-        longest = max(result.frames[-1] for result in every)
-        if common[-1] < longest:
+        short = unfinished(by_label)
+        notes += [
+            f"{name} is shown up to {common[name][-1]:,} frames on {env}, where a run of it was stopped, and is not "
+            "compared with complete runs"
+            for name in short
+        ]
+        compared = [result for name, results in by_label.items() if name not in short for result in results]
+        shortest = min(compared, key=lambda result: result.frames[-1])
+        longest = max(result.frames[-1] for result in compared)
+        last = min(frames[-1] for name, frames in common.items() if name not in short)
+        if last < longest:
             notes.append(
-                f"{env} is compared up to {common[-1]:,} of {longest:,.0f} frames, where all were evaluated: "
+                f"{env} is compared up to {last:,} of {longest:,.0f} frames, where all were evaluated: "
                 f"{shortest.run} ends at {shortest.frames[-1]:,.0f}"
             )
-    everywhere = set.intersection(*(set(by_label) for by_label in comparison.values()))
+    everywhere = set.intersection(*({*by_label} - {*unfinished(by_label)} for by_label in comparison.values()))
     notes += [
-        f"{name} is left out where tasks are taken together: it has no run on some"
+        f"{name} is left out where tasks are taken together: it has no complete run on some"
         for name in dict.fromkeys(name for by_label in comparison.values() for name in by_label)
         if name not in everywhere
     ]
@@ -221,10 +229,25 @@ def _base(env: str) -> str:
     return re.sub(r"-v\d+(?=\?|$)", "", re.sub(r"^(?!dmc:)[\w.]+:", "", env))
 
 
-def common_frames(by_label: Mapping[str, list[Result]]) -> list[int]:
-    """Where all runs were evaluated, in order."""
-    sets = [set(result.frames.astype(int)) for results in by_label.values() for result in results]
-    return sorted(int(frame) for frame in set.intersection(*sets))
+def unfinished(by_label: Mapping[str, list[Result]]) -> list[str]:
+    """Labels with a run that ended before its ``data.total_frames``, if there are others: they do not shorten those."""
+
+    def complete(result: Result) -> bool:
+        return bool(result.frames[-1] >= result.settings.get("data.total_frames", 0))
+
+    short = [name for name, results in by_label.items() if not all(map(complete, results))]
+    return short if len(short) < len(by_label) else []
+
+
+def common_frames(by_label: Mapping[str, list[Result]]) -> dict[str, list[int]]:
+    """Where each label is measured: where all runs were evaluated; where all of its own were, if it is unfinished."""
+    short = unfinished(by_label)
+    groups = [[name for name in by_label if name not in short], *([name] for name in short)]
+    common: dict[str, list[int]] = {}
+    for group in groups:
+        sets = [set(result.frames.astype(int)) for name in group for result in by_label[name]]
+        common |= dict.fromkeys(group, sorted(int(frame) for frame in set.intersection(*sets)))
+    return common
 
 
 def at(results: list[Result], frames: list[int]) -> Array:

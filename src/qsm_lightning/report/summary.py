@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qsm_lightning.report.results import Comparison, at, common_frames
+from qsm_lightning.report.results import Comparison, at, common_frames, unfinished
 from qsm_lightning.report.statistics import Array, improvement, interval, iqm, share
 
 LEVELS = np.linspace(0, 1, 101)
@@ -34,7 +34,7 @@ def band(function: Callable[..., Array], *samples: Array) -> Band:
 
 @dataclass(frozen=True)
 class Row:
-    """One algorithm on one task, at the last frame at which all of the task's runs were evaluated."""
+    """One algorithm on one task, at the last frame at which all of the task's runs, or its own, were evaluated."""
 
     env: str
     label: str
@@ -51,17 +51,17 @@ class Summary:
     """All figures of a comparison.
 
     Args:
-        frames: by environment, where curves have points.
+        frames: by environment and label, where curves have points.
         curves: by environment and label, interquartile mean over runs at ``frames``.
         rows: the table.
         scale: by environment, the returns that count as 0 and 1 where tasks are taken together.
-        labels: those with runs in every environment, which can be taken together.
+        labels: those with complete runs in every environment, which can be taken together.
         aggregate: by label, interquartile mean of scaled final returns over all tasks.
         profiles: by label, share of runs above each of :data:`LEVELS`.
         improvements: by pair of labels, probability that a run of the first is above one of the second.
     """
 
-    frames: dict[str, list[int]]
+    frames: dict[str, dict[str, list[int]]]
     curves: dict[str, dict[str, Band]]
     rows: list[Row]
     scale: dict[str, tuple[float, float]]
@@ -86,14 +86,16 @@ def summarize(comparison: Comparison) -> Summary:
     rows, scale = [], {}
     final: dict[str, dict[str, Array]] = {}
     for env, by_label in comparison.items():
-        returns = {name: at(results, frames[env]) for name, results in by_label.items()}  # [runs, frames]
+        returns = {name: at(results, frames[env][name]) for name, results in by_label.items()}  # [runs, frames]
         curves[env] = {name: band(iqm, sample) for name, sample in returns.items()}
         low, high = scale[env] = scale_of(env, np.concatenate([sample.ravel() for sample in returns.values()]))
         for name, sample in returns.items():
             last = sample[:, -1]
             bands = band(iqm, last), band(iqm, sample.max(1))
-            rows.append(Row(env, name, len(last), frames[env][-1], bands[0], last.mean(), _deviation(last), bands[1]))
-            final.setdefault(name, {})[env] = (last - low) / (high - low)
+            end = frames[env][name][-1]
+            rows.append(Row(env, name, len(last), end, bands[0], last.mean(), _deviation(last), bands[1]))
+            if name not in unfinished(by_label):
+                final.setdefault(name, {})[env] = (last - low) / (high - low)
     labels = [name for name, by_env in final.items() if len(by_env) == len(comparison)]
     samples = {name: [final[name][env] for env in comparison] for name in labels}
     pairs = list(itertools.combinations(labels, 2))
