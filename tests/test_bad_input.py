@@ -172,16 +172,17 @@ def test_qsm_eval_refuses(args: list[str], pattern: str, quick_command: Command,
 
 
 def test_a_checkpoint_of_another_environment(quick_command: Command, tmp_path: Path) -> None:
-    done = quick_command("qsm-fit", *PENDULUM, *SHRINK, "--data.eval_selector=sample")
+    settings = [*PENDULUM, *SHRINK, "--model.loss.m_q=1"]
+    done = quick_command("qsm-fit", *settings, "--data.eval_selector=sample")
     assert done.returncode == 0, done.stderr
     checkpoint = next(tmp_path.glob("runs/*/*/checkpoints/0*"))
     before = snapshot(tmp_path)
     result = quick_command("qsm-fit", "--config", "hopper", *SHRINK, "--ckpt_path", checkpoint)
     assert result.returncode == 2
     assert "data.env ('Pendulum-v1' there, 'Hopper-v5' here)" in result.stderr
-    assert "model.loss.m_q (1" in result.stderr
+    assert "model.loss.m_q (1.0 there, 'auto' here)" in result.stderr
     assert "Traceback" not in result.stderr
-    again = quick_command("qsm-fit", *PENDULUM, *SHRINK, "--ckpt_path", checkpoint)
+    again = quick_command("qsm-fit", *settings, "--ckpt_path", checkpoint)
     assert again.returncode == 2
     assert "already at 60 frames" in again.stderr
     assert snapshot(tmp_path) == before

@@ -36,11 +36,8 @@ EXACT = {
     "float64": (["--trainer.precision=64-true"], [15, 45]),
     "bfloat16": (["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.5"], [45]),
     "averaged and clipped": (["--model.ema=0.9", "--trainer.gradient_clip_val=0.5"], [45, 60]),
-    "M_q adapted": (["--model.loss.m_q=auto"], [45]),
-    "M_q adapted, clipped, compiled": (
-        ["--model.loss.m_q=auto", "--trainer.gradient_clip_val=0.5", "--model.compile=true"],
-        [45],
-    ),
+    "M_q fixed": (["--model.loss.m_q=1"], [45]),
+    "clipped, compiled": (["--trainer.gradient_clip_val=0.5", "--model.compile=true"], [45]),
     "SAC": (["--model.loss=sac"], [15, 45]),
     "TD3 between two steps of its policy": (["--model.loss=td3"], [45]),
     "TD3, compiled": (["--model.loss=td3", "--model.compile=true"], [45]),

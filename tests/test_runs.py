@@ -329,7 +329,7 @@ def test_a_run_is_resumed_from_within_its_checkpoint(args: list[str], run: Path)
 # Settings that may and may not change.
 
 CHANGES: dict[str, tuple[str, str, str]] = {  # option: value there, here, and as it is typed
-    "model.loss.m_q": ("1.0", "3.0", "3"),
+    "model.loss.m_q": ("'auto'", "3.0", "3"),
     "model.loss.hidden": ("[8]", "[8, 8]", "[8,8]"),
     "model.loss.score_at": ("'noisy'", "'clean'", "clean"),
     "model.critic_lr": ("0.0003", "0.001", "1e-3"),
