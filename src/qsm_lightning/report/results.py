@@ -202,8 +202,8 @@ def compare(
         )
         short = unfinished(by_label)
         notes += [
-            f"{name} is shown up to {common[name][-1]:,} frames on {env}, where a run of it was stopped, and is not "
-            "compared with complete runs"
+            f"{name} is shown up to {common[name][-1]:,} frames on {env}, where a run of it ends, and is not compared "
+            "with those that are longer"
             for name in short
         ]
         compared = [result for name, results in by_label.items() if name not in short for result in results]
@@ -217,7 +217,7 @@ def compare(
             )
     everywhere = set.intersection(*({*by_label} - {*unfinished(by_label)} for by_label in comparison.values()))
     notes += [
-        f"{name} is left out where tasks are taken together: it has no complete run on some"
+        f"{name} is left out where tasks are taken together: it has no run, or none as long as others, on some"
         for name in dict.fromkeys(name for by_label in comparison.values() for name in by_label)
         if name not in everywhere
     ]
@@ -230,12 +230,9 @@ def _base(env: str) -> str:
 
 
 def unfinished(by_label: Mapping[str, list[Result]]) -> list[str]:
-    """Labels with a run that ended before its ``data.total_frames``, if there are others: they do not shorten those."""
-
-    def complete(result: Result) -> bool:
-        return bool(result.frames[-1] >= result.settings.get("data.total_frames", 0))
-
-    short = [name for name, results in by_label.items() if not all(map(complete, results))]
+    """Labels with a run that ended before the greatest ``data.total_frames``, which do not shorten those without."""
+    total = max(result.settings.get("data.total_frames", 0) for results in by_label.values() for result in results)
+    short = [name for name, results in by_label.items() if any(result.frames[-1] < total for result in results)]
     return short if len(short) < len(by_label) else []
 
 

@@ -55,7 +55,7 @@ class Summary:
         curves: by environment and label, interquartile mean over runs at ``frames``.
         rows: the table.
         scale: by environment, the returns that count as 0 and 1 where tasks are taken together.
-        labels: those with complete runs in every environment, which can be taken together.
+        labels: those with runs as long as others in every environment, which can be taken together.
         aggregate: by label, interquartile mean of scaled final returns over all tasks.
         profiles: by label, share of runs above each of :data:`LEVELS`.
         improvements: by pair of labels, probability that a run of the first is above one of the second.
