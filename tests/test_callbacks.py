@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from benchmarks import policy_picture
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from qsm_lightning import callbacks as cb
@@ -27,7 +28,8 @@ from qsm_lightning.errors import Interrupted, SettingError, TrainingFault
 from qsm_lightning.losses import QSM
 from qsm_lightning.recording import check_video_path, picture_strip, record_episode, write_video
 from qsm_lightning.stopping import Stopping
-from tests.helpers import needs_dmc, needs_gl
+from tests.helpers import SHRINK, needs_dmc, needs_gl
+from tests.processes import trained
 
 SMALL = partial(QSM, hidden=(8,), time_dim=4, T=2)
 
@@ -217,6 +219,12 @@ def test_the_picture_has_a_panel_per_state_and_pair(action_dim: int) -> None:
         points = np.asarray(panels[0].collections[-1].get_offsets())
         assert 1 <= len(points) <= 50
         assert np.abs(points).max() <= 1
+
+
+def test_the_picture_of_a_finished_run(tmp_path: Path) -> None:
+    run = trained(tmp_path, "--config=pendulum", *SHRINK, "--data.eval_selector=sample")
+    policy_picture.main(str(run), str(tmp_path / "policy.png"))
+    assert (tmp_path / "policy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_picture_is_written_to_tensorboard_with_frames_as_the_step(tmp_path: Path) -> None:
