@@ -94,7 +94,7 @@ def test_the_host_does_not_wait_in_an_update() -> None:
     "settings",
     [
         [],
-        ["--model.loss.m_q=auto"],
+        ["--model.loss.m_q=1"],
         ["--model.loss=td3"],
         ["--config=algo/sdac"],
         ["--trainer.precision=bf16-mixed"],

@@ -347,11 +347,25 @@ def test_a_run_that_ends_early_does_not_shorten_complete_ones(
     assert "| Pendulum-v1 | td3 | 2 | 20 | 4 [4, 4]" in table
     assert "| Pendulum-v1 | sac | 2 | 10 | 9 [9, 9]" in table
     said = capsys.readouterr().out
-    assert "sac is shown up to 10 frames on Pendulum-v1, where a run of it ends" in said
+    assert f"sac is shown on Pendulum-v1 up to 10 frames, where {tmp_path / 'stopped/0'} ends, and left out" in said
     runs = [result for run in results.find(tmp_path) if (result := results.read(run, "sample"))]
     found = summarize(results.compare(zip(results.label(runs), runs, strict=True))[0])
     assert found.labels == ["qsm", "td3"]
     assert found.frames == {"Pendulum-v1": {"qsm": [10, 20], "td3": [10, 20], "sac": [5, 10]}}
+
+
+def test_complete_runs_of_different_lengths_are_compared_unless_much_shorter(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make("q", {5: 1.0, 10: 1.0, 20: 2.0}, data__total_frames=20)
+    make("sac", {5: 3.0, 10: 3.0}, data__total_frames=10, **SAC)
+    make("td3", {5: 4.0}, data__total_frames=5, **TD3)
+    report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+    rows = [line.split(" | ")[1:4] for line in (tmp_path / "out/table.md").read_text().splitlines()[2:]]
+    assert rows == [["qsm", "1", "10"], ["sac", "1", "10"], ["td3", "1", "5"]]
+    said = capsys.readouterr().out
+    assert f"compared up to 10 of 20 frames, where all were evaluated: {tmp_path / 'sac'} ends at 10" in said
+    assert f"td3 is shown on Pendulum-v1 up to 5 frames, where {tmp_path / 'td3'} ends" in said
 
 
 @pytest.mark.parametrize(

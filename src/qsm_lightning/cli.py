@@ -28,7 +28,7 @@ from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, one_line, require
 from qsm_lightning.loggers import run_loggers
 from qsm_lightning.losses import ALGORITHMS, QSM
-from qsm_lightning.messages import SHIPPED, ParserErrors, loss_settings, shipped_config
+from qsm_lightning.messages import ParserErrors, loss_settings, shipped_config
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.precision import check_precision
 
@@ -195,6 +195,7 @@ class SaveResolvedConfig(SaveConfigCallback):
             return
         config = self.config.clone()
         config["ckpt_path"], config["resume"], config["trust"] = None, None, False
+        config["model.actor_lr_decay_updates"] = pl_module.hparams["actor_lr_decay_updates"]  # null was the loss's own
         text = self.parser.dump(config, skip_none=False)
         folder = runs.run_folder(trainer)
         with durable.writing(folder, "trainer.default_root_dir"):
@@ -215,7 +216,7 @@ def fit(args: list[str] | None = None) -> None:
 def build(args: list[str] | None) -> FitCLI:
     """Parse and instantiate everything; whatever is wrong with the settings ends in a :class:`SettingError`."""
     try:
-        args, run, trusted = _resumed(_with_loss(sys.argv[1:] if args is None else args))
+        args, run, trusted = _resumed(_with_class_of_loss(_printing_last(sys.argv[1:] if args is None else args)))
         cli = _cli(args, run)
     except SettingError:
         raise
@@ -228,28 +229,23 @@ def build(args: list[str] | None) -> FitCLI:
     return cli
 
 
-def _with_loss(args: list[str]) -> list[str]:
-    """The arguments with ``--model.loss sac`` as a class path, and ``--config algo/sac`` after other configurations.
-
-    A run that is resumed has its own configuration.
-    """
+def _with_class_of_loss(args: list[str]) -> list[str]:
+    """The arguments with ``--model.loss sac`` as a class path."""
     named = {name: f"qsm_lightning.losses.{cls.__name__}" for name, cls in ALGORITHMS.items()}
     found: list[str] = []
-    after, own, resumed = 0, None, False  # after the last --config; the name of the loss
-    for arg in sorted(args, key=lambda arg: arg.partition("=")[0] == "--print_config"):  # it prints what came before
+    for arg in args:
         option, _, name = arg.partition("=")
         if option == "--model.loss" and name in named:
-            own, arg = name, f"{option}={named[name]}"
-        elif found and found[-1] == "--model.loss" and arg in named:
-            own, arg = arg, named[arg]
+            arg = f"{option}={named[name]}"
+        elif found and found[-1] == "--model.loss":
+            arg = named.get(arg, arg)
         found.append(arg)
-        resumed = resumed or option == "--resume"
-        if option in ("-c", "--config") or found[-2:-1] in (["-c"], ["--config"]):
-            after = len(found)
-    settings = SHIPPED / f"algo/{own}.yaml"
-    if own is None or resumed or not settings.is_file():
-        return found
-    return [*found[:after], f"--config={settings}", *found[after:]]
+    return found
+
+
+def _printing_last(args: list[str]) -> list[str]:
+    """The arguments with ``--print_config`` at the end: jsonargparse prints what came before it."""
+    return sorted(args, key=lambda arg: arg.partition("=")[0] == "--print_config")
 
 
 def _resumed(args: list[str]) -> tuple[list[str], Path | None, bool]:

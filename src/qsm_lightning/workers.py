@@ -130,7 +130,11 @@ class Workers:
         return in_order_of_time(chunk.flatten(0, 1) if chunk.ndim == 3 else chunk)
 
     def env_state(self) -> dict[str, Any]:
-        """Never known here: what a checkpoint of the learner has no hold on begins anew."""
+        """Not known here.
+
+        Raises:
+            NoStateError: always; the episodes under way begin anew.
+        """
         raise NoStateError("it is with the workers of data.collector")
 
     def load_env_state(self, state: dict[str, Any]) -> None:

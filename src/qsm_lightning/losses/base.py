@@ -33,7 +33,8 @@ class OffPolicyLoss(LossModule):
     ``x_loss(tensordict) -> (loss, detached metrics)`` and lists its modules in ``term_modules(x)``; the trainer makes
     one optimizer per term. Networks, targets and the maths are the loss's own; how often and with what they are
     stepped is not. ``every`` says of terms, and of ``targets``, at which updates they are stepped where that is not
-    all of them: at every second, say. ``learning_rates`` are of terms that have one of their own, which is constant.
+    all of them: at every second, say. ``learning_rates`` are of terms that have one of their own, which is constant;
+    ``actor_lr_decay_updates`` is what the trainer's setting of that name is by default.
     ``selectors`` are the kinds of :meth:`evaluation_policy` that there are. With a ``window`` of more than 1, each
     entry of a replay batch is that many consecutive frames (:meth:`~qsm_lightning.replay.FrameBuffer.sample_windows`).
 
@@ -55,6 +56,7 @@ class OffPolicyLoss(LossModule):
     window: int = 1
     every: Mapping[str, int] = {}
     learning_rates: Mapping[str, float] = {}
+    actor_lr_decay_updates: int = 0
     selectors: tuple[str, ...] = ("sample", "best_of_n")
     compilable = False
 

@@ -63,6 +63,7 @@ class CQSMLoss(OffPolicyLoss):
     terms = ("qvalue", "actor")
     selectors = ("sample",)
     compilable = True
+    actor_lr_decay_updates = 2_000_000
 
     def __init__(
         self,

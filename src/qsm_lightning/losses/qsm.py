@@ -60,6 +60,7 @@ class QSMLoss(DiffusionLoss):
     """
 
     compilable = True
+    actor_lr_decay_updates = 2_000_000
 
     def __init__(
         self,

@@ -98,9 +98,10 @@ def page(comparison: Comparison, summary: Summary, images: dict[str, bytes], sel
     parts = [
         "<h1>Comparison of runs</h1>\n",
         f"<p>{len(results)} runs on {len(comparison)} tasks, evaluated with <b>{html.escape(selector)}</b>. "
-        "Curves and tables end where all runs of a task were evaluated. IQM is the interquartile mean over runs, and "
-        "of three or fewer their mean; bands are 95 % intervals of a stratified bootstrap over runs: of three runs "
-        "from the least to the greatest, and of one, drawn dashed, none.</p>\n",
+        "Curves and tables end where all runs of a task were evaluated, or of an algorithm that was left off early. "
+        "IQM is the interquartile mean over runs, and of three or fewer their mean; bands are 95 % intervals of a "
+        "stratified bootstrap over runs: on one task, of three runs from the least to the greatest, and of one, drawn "
+        "dashed, none.</p>\n",
         "<h2>Learning curves</h2>\n",
         _image(images["curves"], "evaluation return over frames"),
         "<h2>Final and best</h2>\n",

@@ -54,6 +54,11 @@ class Result:
         return str(self.settings["data.env"])
 
     @property
+    def total_frames(self) -> int:
+        """For how many frames it was to be trained."""
+        return int(self.settings["data.total_frames"])
+
+    @property
     def seed(self) -> int:
         """The run's seed."""
         return int(self.settings["seed_everything"])
@@ -115,7 +120,7 @@ def read(run: Path, selector: str, force: bool = False) -> Result | None:
             column = "eval/return"
         points = {int(float(row["step"])): float(row[column]) for row in rows if row.get(column)}
         result = Result(run, config, _versions(run), *(np.array(list(v), float) for v in (points, points.values())))
-        result.env, result.seed, result.algorithm  # noqa: B018
+        result.env, result.seed, result.algorithm, result.total_frames  # noqa: B018
     except (OSError, yaml.YAMLError, checkpoints.DamagedError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, SettingError):
             raise
@@ -194,34 +199,32 @@ def compare(
             f"runs of {env} were evaluated with the best of different numbers of samples ({candidates}): compare by "
             "--selector sample, or insist with --force",
         )
-        common = common_frames(by_label)
+        frames, short = measured(by_label)
         require(
-            all(common.values()),
+            all(frames.values()),
             f"the runs of {env} were never evaluated at the same frame: compare runs with one data.eval_every_frames "
             "and one data.num_envs",
         )
-        short = unfinished(by_label)
-        notes += [
-            f"{name} is shown up to {common[name][-1]:,} frames on {env}, where a run of it ends, and is not compared "
-            "with those that are longer"
-            for name in short
-        ]
-        compared = [result for name, results in by_label.items() if name not in short for result in results]
-        shortest = min(compared, key=lambda result: result.frames[-1])
-        longest = max(result.frames[-1] for result in compared)
-        last = min(frames[-1] for name, frames in common.items() if name not in short)
-        if last < longest:
-            notes.append(
-                f"{env} is compared up to {last:,} of {longest:,.0f} frames, where all were evaluated: "
-                f"{shortest.run} ends at {shortest.frames[-1]:,.0f}"
-            )
-    everywhere = set.intersection(*({*by_label} - {*unfinished(by_label)} for by_label in comparison.values()))
+        for name in by_label:
+            ends = by_label[name] if name in short else [r for n, rs in by_label.items() if n not in short for r in rs]
+            first, last = (end(ends, key=lambda result: result.frames[-1]) for end in (min, max))
+            if name in short:
+                notes.append(
+                    f"{name} is shown on {env} up to {frames[name][-1]:,} frames, where {first.run} ends, and left out "
+                    "where algorithms are compared"
+                )
+            elif frames[name][-1] < last.frames[-1]:
+                notes.append(
+                    f"{env} is compared up to {frames[name][-1]:,} of {last.frames[-1]:,.0f} frames, where all were "
+                    f"evaluated: {first.run} ends at {first.frames[-1]:,.0f}"
+                )
+    everywhere = set.intersection(*(set(by_label) for by_label in comparison.values()))
     notes += [
-        f"{name} is left out where tasks are taken together: it has no run, or none as long as others, on some"
+        f"{name} is left out where tasks are taken together: it has no run on some"
         for name in dict.fromkeys(name for by_label in comparison.values() for name in by_label)
         if name not in everywhere
     ]
-    return comparison, notes
+    return comparison, list(dict.fromkeys(notes))
 
 
 def _base(env: str) -> str:
@@ -229,22 +232,22 @@ def _base(env: str) -> str:
     return re.sub(r"-v\d+(?=\?|$)", "", re.sub(r"^(?!dmc:)[\w.]+:", "", env))
 
 
-def unfinished(by_label: Mapping[str, list[Result]]) -> list[str]:
-    """Labels with a run that ended before the greatest ``data.total_frames``, which do not shorten those without."""
-    total = max(result.settings.get("data.total_frames", 0) for results in by_label.values() for result in results)
-    short = [name for name, results in by_label.items() if any(result.frames[-1] < total for result in results)]
-    return short if len(short) < len(by_label) else []
+def measured(by_label: Mapping[str, list[Result]]) -> tuple[dict[str, list[int]], list[str]]:
+    """Where each label of a task is measured, and the labels that are too short to compare.
 
-
-def common_frames(by_label: Mapping[str, list[Result]]) -> dict[str, list[int]]:
-    """Where each label is measured: where all runs were evaluated; where all of its own were, if it is unfinished."""
-    short = unfinished(by_label)
-    groups = [[name for name in by_label if name not in short], *([name] for name in short)]
-    common: dict[str, list[int]] = {}
-    for group in groups:
+    Those are, if there are others, the ones with a run that ended before its own ``data.total_frames`` or before half
+    of the task's greatest. They are measured where all of their own runs were evaluated, and all others where all of
+    these were.
+    """
+    every = [result for results in by_label.values() for result in results]
+    half = max(result.total_frames for result in every) / 2
+    short = [n for n, rs in by_label.items() if any(r.frames[-1] < max(r.total_frames, half) for r in rs)]
+    short = short if len(short) < len(by_label) else []
+    frames: dict[str, list[int]] = {}
+    for group in ([name for name in by_label if name not in short], *([name] for name in short)):
         sets = [set(result.frames.astype(int)) for name in group for result in by_label[name]]
-        common |= dict.fromkeys(group, sorted(int(frame) for frame in set.intersection(*sets)))
-    return common
+        frames |= dict.fromkeys(group, sorted(int(frame) for frame in set.intersection(*sets)))
+    return frames, short
 
 
 def at(results: list[Result], frames: list[int]) -> Array:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qsm_lightning.report.results import Comparison, at, common_frames, unfinished
+from qsm_lightning.report.results import Comparison, at, measured
 from qsm_lightning.report.statistics import Array, improvement, interval, iqm, share
 
 LEVELS = np.linspace(0, 1, 101)
@@ -55,7 +55,7 @@ class Summary:
         curves: by environment and label, interquartile mean over runs at ``frames``.
         rows: the table.
         scale: by environment, the returns that count as 0 and 1 where tasks are taken together.
-        labels: those with runs as long as others in every environment, which can be taken together.
+        labels: those that are compared in every environment, and can be taken together.
         aggregate: by label, interquartile mean of scaled final returns over all tasks.
         profiles: by label, share of runs above each of :data:`LEVELS`.
         improvements: by pair of labels, probability that a run of the first is above one of the second.
@@ -81,11 +81,12 @@ def scale_of(env: str, returns: Array) -> tuple[float, float]:
 
 def summarize(comparison: Comparison) -> Summary:
     """The figures of a comparison, every run with the same weight."""
-    frames = {env: common_frames(by_label) for env, by_label in comparison.items()}
+    frames: dict[str, dict[str, list[int]]] = {}
     curves: dict[str, dict[str, Band]] = {}
     rows, scale = [], {}
     final: dict[str, dict[str, Array]] = {}
     for env, by_label in comparison.items():
+        frames[env], short = measured(by_label)
         returns = {name: at(results, frames[env][name]) for name, results in by_label.items()}  # [runs, frames]
         curves[env] = {name: band(iqm, sample) for name, sample in returns.items()}
         low, high = scale[env] = scale_of(env, np.concatenate([sample.ravel() for sample in returns.values()]))
@@ -94,7 +95,7 @@ def summarize(comparison: Comparison) -> Summary:
             bands = band(iqm, last), band(iqm, sample.max(1))
             end = frames[env][name][-1]
             rows.append(Row(env, name, len(last), end, bands[0], last.mean(), _deviation(last), bands[1]))
-            if name not in unfinished(by_label):
+            if name not in short:
                 final.setdefault(name, {})[env] = (last - low) / (high - low)
     labels = [name for name, by_env in final.items() if len(by_env) == len(comparison)]
     samples = {name: [final[name][env] for env in comparison] for name in labels}
