@@ -2,10 +2,11 @@
 
 As losses for a sweep, beside ``qsm`` with its noise in both and with ``--model.loss.action_noise 0``::
 
-    PYTHONPATH=. qsm-sweep --config pendulum --seeds 0-2 --model.loss.m_q auto --data.eval_selector sample \\
+    PYTHONPATH=. qsm-sweep --config dmc/cartpole_swingup --seeds 0-2 --model.loss.hidden "[256,256]" \\
+        --data.total_frames 30000 --data.eval_every_frames 5000 --data.eval_episodes 5 --data.eval_selector sample \\
         --variant "both=--model.loss qsm" --variant "neither=--model.loss qsm --model.loss.action_noise 0" \\
-        --variant "acting=--model.loss benchmarks.action_noise.NoiseInActing" \\
-        --variant "target=--model.loss benchmarks.action_noise.NoiseInTarget" --trust
+        --variant "acting=--model.loss benchmarks.action_noise.NoiseInActing --model.loss.m_q auto" \\
+        --variant "target=--model.loss benchmarks.action_noise.NoiseInTarget --model.loss.m_q auto" --trust
 """
 
 from __future__ import annotations
