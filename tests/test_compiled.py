@@ -67,11 +67,11 @@ def run(
     [
         {"updates": 1, "value": None},
         {"precision": "64-true", "value": 0.5},
-        {"precision": "64-true", "value": 0.02, "algorithm": "value"},
-        {"precision": "64-true", "value": None, "loss": DiffusionQL},
-        {"precision": "64-true", "value": None, "loss": SDAC},
+        pytest.param({"precision": "64-true", "value": 0.02, "algorithm": "value"}, marks=pytest.mark.slow),
+        pytest.param({"precision": "64-true", "value": None, "loss": DiffusionQL}, marks=pytest.mark.slow),
+        pytest.param({"precision": "64-true", "value": None, "loss": SDAC}, marks=pytest.mark.slow),
         {"precision": "64-true", "value": 0.5, "loss": partial(QSM, m_q="auto")},
-        {"value": None, "loss": SAC, "sizes": {"hidden": (16, 16)}},
+        pytest.param({"value": None, "loss": SAC, "sizes": {"hidden": (16, 16)}}, marks=pytest.mark.slow),
         {"precision": "64-true", "value": 0.5, "loss": TD3, "sizes": {"hidden": (16, 16), "policy_delay": 3}},
     ],
     ids=["one update in float32", "clipped by norm", "clipped by value", "Diffusion-QL", "SDAC", "m_q auto"]
@@ -274,7 +274,7 @@ def test_a_run_goes_on_compiled_or_not(tmp_path: Path) -> None:
         assert ("from here on (model.compile)" in out) is bool(said)
         assert said in out
         optimizers = state(run_folder)["optimizer_states"]
-        assert [{float(s["step"]) for s in o["state"].values()} for o in optimizers] == [{frames - 40.0}] * 2
+        assert [{float(s["step"]) for s in o["state"].values()} for o in optimizers] == [{frames - 40.0}] * 3
 
 
 def settings(tmp_path: Path, compile: Any, **data: Any) -> tuple[OffPolicyModule, Trainer, OffPolicyDataModule]:

@@ -91,7 +91,7 @@ def test_devices_and_sigterm_to_the_launcher(tmp_path: Path) -> None:
     assert ranks[0]["progress"] == ranks[1]["progress"]
 
 
-@pytest.mark.parametrize("lost", ["launcher", "child"])
+@pytest.mark.parametrize("lost", ["launcher", pytest.param("child", marks=pytest.mark.slow)])
 def test_a_killed_process_of_the_launcher_takes_the_others_with_it(lost: str, tmp_path: Path) -> None:
     with started(tmp_path, BIN / "qsm-fit", *LONG, "--trainer.devices=2") as process:
         until(lambda: saved(tmp_path), tmp_path)

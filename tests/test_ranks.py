@@ -117,7 +117,7 @@ def test_going_on_is_bitwise(frame: int, whole: Path, tmp_path: Path) -> None:
     assert len(list(again.glob("runs/*/*"))) == 1
 
 
-@pytest.mark.parametrize("utd", ["1", "5"])
+@pytest.mark.parametrize("utd", ["5", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_all_at_one_point(utd: str, tmp_path: Path) -> None:
     """Also within the updates of a batch; and the run goes on to the end that it would have had."""
     settings = [*TINY, "--data.total_frames=4096", "--data.eval_every_frames=4096", f"--data.utd={utd}"]
@@ -183,7 +183,7 @@ def _complete(folder: Path) -> list[checkpoints.Checkpoint]:
     return [c for path in folder.glob("runs/*/*/checkpoints") for c in checkpoints.complete(path)]
 
 
-@pytest.mark.parametrize("fault", ["hang", "spin"])
+@pytest.mark.parametrize("fault", ["hang", pytest.param("spin", marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_ends_the_run(fault: Any, tmp_path: Path) -> None:
     plan(tmp_path, fault, 30, rank=1)
     run = RankedRun(tmp_path, 2, *FAULTY, "--checkpoint.every_frames=16", "--data.rank_timeout=15")
