@@ -209,7 +209,9 @@ def training(tmp_path: Path, *args: str) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_leaves_a_checkpoint(signum: signal.Signals, status: int, tmp_path: Path) -> None:
     args = [*TINY, "--data.total_frames=1000000", "--data.eval_every_frames=1000000"]
     with training(tmp_path, *args) as process:

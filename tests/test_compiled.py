@@ -66,13 +66,16 @@ def run(
     "settings",
     [
         {"updates": 1, "value": None},
-        {"precision": "64-true", "value": 0.5},
+        pytest.param({"precision": "64-true", "value": 0.5}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": 0.02, "algorithm": "value"}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": None, "loss": DiffusionQL}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": None, "loss": SDAC}, marks=pytest.mark.slow),
         {"precision": "64-true", "value": 0.5, "loss": partial(QSM, m_q="auto")},
         pytest.param({"value": None, "loss": SAC, "sizes": {"hidden": (16, 16)}}, marks=pytest.mark.slow),
-        {"precision": "64-true", "value": 0.5, "loss": TD3, "sizes": {"hidden": (16, 16), "policy_delay": 3}},
+        pytest.param(
+            {"precision": "64-true", "value": 0.5, "loss": TD3, "sizes": {"hidden": (16, 16), "policy_delay": 3}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["one update in float32", "clipped by norm", "clipped by value", "Diffusion-QL", "SDAC", "m_q auto"]
     + ["SAC", "TD3"],

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,10 +58,11 @@ def run_folder(folder: Path) -> Path:
     return next(folder.glob("runs/*/version_0"))
 
 
-MARKS = {
+MARKS: dict[str, Any] = {
     "dm_control": needs_dmc,
-    "a model changed at resets": needs_dmc,
-    "several dm_control tasks": needs_dmc,
+    "a model changed at resets": [needs_dmc, pytest.mark.slow],
+    "several dm_control tasks": [needs_dmc, pytest.mark.slow],
+    "several updates a frame": pytest.mark.slow,
     "TD3, compiled": pytest.mark.slow,
 }
 
@@ -84,7 +86,7 @@ def test_going_on_is_bitwise_equal_to_never_having_stopped(case: str, tmp_path: 
         assert len(list(again.glob("runs/*/*"))) == 1, "it went on elsewhere"
 
 
-@pytest.mark.parametrize("half", [90, 85])
+@pytest.mark.parametrize("half", [85, pytest.param(90, marks=pytest.mark.slow)])
 def test_twice_as_long_is_the_same_as_two_runs(half: int, tmp_path: Path) -> None:
     """N frames, exit, a new process, N more; N need not be a multiple of anything."""
     for name in ("one", "two"):

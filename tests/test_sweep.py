@@ -115,6 +115,7 @@ def test_an_interrupted_sweep_goes_on_to_what_it_would_have_been(tmp_path: Path)
     assert len(list((tmp_path / "all").glob("*/version_*"))) == 2
 
 
+@pytest.mark.slow
 def test_a_torn_checkpoint_is_passed_over_as_the_run_does(tmp_path: Path) -> None:
     args = [*TINY, "--out=all", "--checkpoint.every_frames=20", "--checkpoint.keep_last=3"]
     first = Run(tmp_path, *args, name="qsm-sweep")

@@ -35,7 +35,7 @@ from tests.test_env_faults import RAISED, assert_no_process_is_left, resume_argu
 from tests.versions import SCALE, Version, Versioned, VersionPolicy
 
 needs_ray = pytest.mark.skipif(not has("ray"), reason="the extra ray is not installed")
-KINDS = ["processes", pytest.param("ray", marks=needs_ray)]
+KINDS = ["processes", pytest.param("ray", marks=[needs_ray, pytest.mark.slow])]
 WORKERS, ENVS, CHUNK, WARM_UP, TOTAL, UTD = 2, 2, 20, 40, 240, 0.5
 TINY = [
     *("--config=pendulum", *SHRINK, "--data.total_frames=96", "--data.eval_every_frames=96", f"--data.env={NAME}"),
