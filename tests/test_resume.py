@@ -26,14 +26,14 @@ MOVING = "continuous:Pendulum-v1?max_speed=20&sigma=0.5"
 # name: settings, and the frames of the checkpoints that it is resumed from
 EXACT = {
     "Pendulum": ([], [15, 30, 45]),
-    "Hopper, memory-mapped": (["--data.env=Hopper-v5", "--data.storage=memmap"], [15, 60]),
+    "Hopper, memory-mapped": (["--data.env=Hopper-v5", "--data.storage=memmap"], [15, 45, 60]),
     "dm_control": (["--data.env=dmc:reacher/easy"], [45]),
     "a model changed at resets": (["--data.env=dmc:fish/swim"], [75]),
-    "parallel environments": (["--data.env=Ant-v5", "--data.num_envs=3", "--data.frames_per_batch=6"], [48]),
+    "parallel environments": (["--data.env=Ant-v5", "--data.num_envs=3", "--data.frames_per_batch=6"], [18, 48, 66]),
     "several dm_control tasks": (["--data.env=dmc:cartpole/swingup", "--data.num_envs=2"], [46]),
     "fractional utd": (["--data.utd=0.3"], [45, 61]),
     "several updates a frame": (["--data.utd=3"], [45]),
-    "a ring that wraps": (["--data.buffer_size=33"], [45, 75]),
+    "a ring that wraps": (["--data.buffer_size=33"], [15, 45, 75]),
     "float64": (["--trainer.precision=64-true"], [15, 45]),
     "bfloat16": (["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.5"], [45]),
     "averaged and clipped": (["--model.ema=0.9", "--trainer.gradient_clip_val=0.5"], [45, 60]),
