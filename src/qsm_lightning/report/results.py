@@ -205,26 +205,32 @@ def compare(
             f"the runs of {env} were never evaluated at the same frame: compare runs with one data.eval_every_frames "
             "and one data.num_envs",
         )
-        for name in by_label:
-            ends = by_label[name] if name in short else [r for n, rs in by_label.items() if n not in short for r in rs]
-            first, last = (end(ends, key=lambda result: result.frames[-1]) for end in (min, max))
-            if name in short:
-                notes.append(
-                    f"{name} is shown on {env} up to {frames[name][-1]:,} frames, where {first.run} ends, and left out "
-                    "where algorithms are compared"
-                )
-            elif frames[name][-1] < last.frames[-1]:
-                notes.append(
-                    f"{env} is compared up to {frames[name][-1]:,} of {last.frames[-1]:,.0f} frames, where all were "
-                    f"evaluated: {first.run} ends at {first.frames[-1]:,.0f}"
-                )
+        for name in short:
+            first = min(by_label[name], key=_end)
+            notes.append(
+                f"{name} is shown on {env} up to {frames[name][-1]:,} frames, where {first.run} ends, and left out "
+                "where algorithms are compared"
+            )
+        compared = {name: results for name, results in by_label.items() if name not in short}
+        whole = [result for results in compared.values() for result in results]
+        first, common, longest = min(whole, key=_end), frames[next(iter(compared))][-1], max(map(_end, whole))
+        if common < longest:
+            notes.append(
+                f"{env} is compared up to {common:,} of {longest:,.0f} frames, where all were evaluated: "
+                f"{first.run} ends at {_end(first):,.0f}"
+            )
     everywhere = set.intersection(*(set(by_label) for by_label in comparison.values()))
     notes += [
         f"{name} is left out where tasks are taken together: it has no run on some"
         for name in dict.fromkeys(name for by_label in comparison.values() for name in by_label)
         if name not in everywhere
     ]
-    return comparison, list(dict.fromkeys(notes))
+    return comparison, notes
+
+
+def _end(result: Result) -> float:
+    """The frame of a run's last evaluation."""
+    return float(result.frames[-1])
 
 
 def _base(env: str) -> str:
@@ -241,7 +247,7 @@ def measured(by_label: Mapping[str, list[Result]]) -> tuple[dict[str, list[int]]
     """
     every = [result for results in by_label.values() for result in results]
     half = max(result.total_frames for result in every) / 2
-    short = [n for n, rs in by_label.items() if any(r.frames[-1] < max(r.total_frames, half) for r in rs)]
+    short = [n for n, rs in by_label.items() if any(_end(r) < max(r.total_frames, half) for r in rs)]
     short = short if len(short) < len(by_label) else []
     frames: dict[str, list[int]] = {}
     for group in ([name for name in by_label if name not in short], *([name] for name in short)):
