@@ -129,6 +129,9 @@ def test_names_tell_what_differs(make: Make) -> None:
     found = [result for run in runs if (result := results.read(run, "sample"))]
     assert results.label(found) == ["qsm m_q=1", "qsm m_q=auto", "sac", "qsm m_q=50"]
     assert results.label([found[0], found[2], found[3]]) == ["qsm", "sac", "qsm"], "a task's own setting tells nothing"
+    full, short = (make(str(value), {10: 1}, trainer__precision=value) for value in ("32-true", 32))
+    found = [result for run in (runs[0], full, short) if (result := results.read(run, "sample"))]
+    assert results.label(found) == ["qsm"] * 3, "three names of one precision"
 
 
 def test_the_table_ends_where_all_were_evaluated(make: Make, tmp_path: Path) -> None:
@@ -351,6 +354,7 @@ def test_a_run_that_ends_early_does_not_shorten_complete_ones(
     runs = [result for run in results.find(tmp_path) if (result := results.read(run, "sample"))]
     found = summarize(results.compare(zip(results.label(runs), runs, strict=True))[0])
     assert found.labels == ["qsm", "td3"]
+    assert found.scale == {"Pendulum-v1": (1, 4)}, "of those that are compared"
     assert found.frames == {"Pendulum-v1": {"qsm": [10, 20], "td3": [10, 20], "sac": [5, 10]}}
 
 

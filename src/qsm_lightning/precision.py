@@ -18,13 +18,18 @@ SHORT = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed", "16": "16-mixed
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+def precision_name(precision: str | int | None) -> str:
+    """The full name of a ``trainer.precision``: 32-true for null and for 32."""
+    return SHORT.get(str(precision), str(precision or "32-true"))
+
+
 def check_precision(precision: str | int | None, accelerator: Any) -> None:
     """Refuse a ``trainer.precision`` that cannot be used with ``trainer.accelerator`` here.
 
     Raises:
         SettingError: for a precision that is not offered, and for 16-mixed without a GPU.
     """
-    name = SHORT.get(str(precision), precision or "32-true")
+    name = precision_name(precision)
     require(name in PRECISIONS, f"trainer.precision is {precision!r}: choose {', '.join(PRECISIONS[:-1])} or 16-mixed")
     gpu = accelerator != "cpu" and torch.cuda.is_available()
     require(

@@ -19,9 +19,11 @@ import yaml
 from qsm_lightning import checkpoints, durable, runs
 from qsm_lightning.errors import SettingError, one_line, require
 from qsm_lightning.losses import ALGORITHMS
+from qsm_lightning.precision import precision_name
 from qsm_lightning.report.statistics import Array
 
 VERSIONS = "versions.json"
+PRECISION = "trainer.precision"
 # What does not change what is learned, or is told on its own.
 NOT_COMPARED = re.compile(
     r"seed_everything|name|ckpt_path|resume|trust|(checkpoint|metrics|picture)\..*|model\.compile|"
@@ -72,7 +74,8 @@ class Result:
     @cached_property
     def compared(self) -> dict[str, str]:
         """The settings that make it another algorithm."""
-        return {key: repr(value) for key, value in self.settings.items() if not NOT_COMPARED.fullmatch(key)}
+        settings = self.settings | {PRECISION: precision_name(self.settings.get(PRECISION))}
+        return {key: repr(value) for key, value in settings.items() if not NOT_COMPARED.fullmatch(key)}
 
     @cached_property
     def settings(self) -> dict[str, Any]:

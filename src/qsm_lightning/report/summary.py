@@ -89,7 +89,8 @@ def summarize(comparison: Comparison) -> Summary:
         frames[env], short = measured(by_label)
         returns = {name: at(results, frames[env][name]) for name, results in by_label.items()}  # [runs, frames]
         curves[env] = {name: band(iqm, sample) for name, sample in returns.items()}
-        low, high = scale[env] = scale_of(env, np.concatenate([sample.ravel() for sample in returns.values()]))
+        compared = [sample.ravel() for name, sample in returns.items() if name not in short]
+        low, high = scale[env] = scale_of(env, np.concatenate(compared))
         for name, sample in returns.items():
             last = sample[:, -1]
             bands = band(iqm, last), band(iqm, sample.max(1))
