@@ -19,7 +19,10 @@ from tests.compare import assert_same
 from tests.helpers import SHRINK
 from tests.processes import Run, fit
 
-TINY = ["--config=pendulum", *SHRINK, "--model.compile=false", "--picture.every_evaluations=0"]
+TINY = [
+    *("--config=pendulum", *SHRINK, "--model.compile=false", "--picture.every_evaluations=0"),
+    *("--data.eval_selector=sample", "--data.eval_episodes=1"),
+]
 
 
 @pytest.mark.parametrize(
