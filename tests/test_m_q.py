@@ -128,7 +128,7 @@ def bowl_policy(schedule: NoiseSchedule, slopes: list[float], best: float = 0.0)
 @pytest.mark.parametrize("T", [5, 10, 20])
 @pytest.mark.parametrize("best", [0.0, 0.3])
 @pytest.mark.parametrize("slope", [0.0, 0.15])
-def test_on_a_bandit_samples_have_the_mean_and_the_deviation_of_the_closed_form(
+def test_on_a_bandit_samples_lie_around_the_best_action_with_half_the_deviation_of_the_closed_form(
     slope: float, best: float, T: int
 ) -> None:
     """Around the best action, which a fixed M_q of 50 leaves for the bounds.
@@ -274,7 +274,7 @@ def test_a_batch_gives_the_target_its_size() -> None:
     torch.testing.assert_close(loss.score_matching(batch["observation"], batch["action"], t, noise)[0], value)
 
 
-def test_a_run_adapts_and_keeps_it(tmp_path: Path) -> None:
+def test_a_run_adapts_and_saves_it(tmp_path: Path) -> None:
     run = trained(tmp_path, "--config=pendulum", *SHRINK, "--model.loss.m_q=auto")
     content = state(run)
     assert content["state_dict"]["loss.log_size"] != 0

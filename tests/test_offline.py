@@ -423,7 +423,7 @@ def test_offline_alone(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_trained_policys_transitions_are_enough_to_learn_from(command: Command) -> None:
-    """Half of them random: offline to four fifths of the way from -1200 to its return, and better yet online."""
+    """Half of them random: offline to four fifths of the way from a random policy's -1200, and better yet online."""
 
     def last(*args: str) -> float:
         result = command("qsm-fit", *args, timeout=1800)
@@ -432,6 +432,7 @@ def test_a_trained_policys_transitions_are_enough_to_learn_from(command: Command
 
     pendulum = ["--config=pendulum", "--data.eval_selector=sample"]
     taught = last(*pendulum, "--name=teacher")
+    assert taught > -300
     collected = command(
         "qsm-collect", "runs/teacher/version_0", "--frames=10000", "--random=0.5", "--out=mixed.npz", timeout=900
     )

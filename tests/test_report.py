@@ -196,7 +196,7 @@ def test_kept_results_are_runs_again(make: Make, tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
-def test_what_is_kept_is_replaced_by_the_same_run_only(make: Make, tmp_path: Path) -> None:
+def test_what_is_kept_is_replaced_by_the_same_run_only_and_by_no_shorter_one(make: Make, tmp_path: Path) -> None:
     def kept_with(*names: str, force: bool = False) -> None:
         named = [f"QSM={tmp_path / name}" for name in names]
         places = ["--out", str(tmp_path / "out"), "--archive", str(tmp_path / "kept")]
@@ -210,6 +210,8 @@ def test_what_is_kept_is_replaced_by_the_same_run_only(make: Make, tmp_path: Pat
     (kept,) = (tmp_path / "kept").rglob("metrics.csv")
     longer = kept.read_text()
     assert len(longer.splitlines()) == 3
+    kept_with("short")
+    assert kept.read_text() == longer
     with pytest.raises(SettingError, match="--archive: .*QSM/seed=0 is of a run with other settings .*LABEL=FOLDER"):
         kept_with("other")
     with pytest.raises(SettingError, match="--archive: .*QSM/seed=0 is of a run with other settings"):
@@ -355,6 +357,10 @@ def test_a_run_that_ends_early_does_not_shorten_complete_ones(
     found = summarize(results.compare(zip(results.label(runs), runs, strict=True))[0])
     assert found.labels == ["qsm", "td3"]
     assert found.scale == {"Pendulum-v1": (1, 4)}, "of those that are compared"
+    assert {pair: band.value for pair, band in found.improvements.items()} == {("qsm", "td3"): 0}
+    assert (tmp_path / "out/improvement.csv").read_text().splitlines()[1:] == ["qsm,td3,0.0,0.0,0.0"]
+    scaled = (tmp_path / "out/aggregate.csv").read_text().splitlines()[1:]
+    assert [line.split(",")[:2] for line in scaled] == [["qsm", str(1 / 3)], ["td3", "1.0"]]
     assert found.frames == {"Pendulum-v1": {"qsm": [10, 20], "td3": [10, 20], "sac": [5, 10]}}
 
 

@@ -100,6 +100,7 @@ def test_an_interrupted_sweep_goes_on_to_what_it_would_have_been(tmp_path: Path)
     first.until(lambda: one.is_dir() and any(one.glob("0*")), timeout=120)
     first.signal(signal.SIGTERM)
     assert first.wait() == 143, first.text
+    assert "seed=1: running" in first.text, "side by side"
     assert "the same command goes on" in first.text
     assert "Traceback" not in first.text
     second = Run(tmp_path, *args, "--jobs=2", name="qsm-sweep")

@@ -223,7 +223,7 @@ def plan(args: list[str] | None = None) -> tuple[list[Job], int]:
     seeds = seeds_of(options.seeds)
     out = options.out or _default_out(shared)
     durable.check_writable(out / "log.txt", "--out")
-    jobs = []
+    jobs: dict[int, list[Job]] = {seed: [] for seed in seeds}
     for name, varied in variants_of(options.vary, options.variant).items():
         for option in (word.partition("=")[0] for word in (*shared, *varied)):
             require(option not in OWN, f"{option} is the same in all runs of qsm-sweep, or set by it: leave it out")
@@ -236,8 +236,8 @@ def plan(args: list[str] | None = None) -> tuple[list[Job], int]:
             durable.check_writable(out / label / "log.txt", "--out")
             job = Job(label, out / label, each, built.datamodule.total_frames)
             job.go_on(built.identity() | {"seed_everything": seed}, built.datamodule)
-            jobs.append(job)
-    return sorted(jobs, key=lambda job: seeds.index(int(job.label.rpartition("=")[2]))), options.jobs  # seeds outermost
+            jobs[seed].append(job)
+    return [job for of_a_seed in jobs.values() for job in of_a_seed], options.jobs
 
 
 def command(job: Job) -> list[str]:

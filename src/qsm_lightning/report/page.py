@@ -6,13 +6,14 @@ import base64
 import csv
 import html
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 from qsm_lightning import durable
 from qsm_lightning.figures import png
 from qsm_lightning.report import pictures
 from qsm_lightning.report.results import Comparison, Result
-from qsm_lightning.report.summary import Row, Summary
+from qsm_lightning.report.summary import Band, Row, Summary
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -27,10 +28,8 @@ COLUMNS = ("task", "algorithm", "runs", "frames", "final, IQM [95 %]", "final, m
 
 def cells(row: Row) -> list[str]:
     """A row of the table as text, in the order of :data:`COLUMNS`. One run has no interval and no deviation."""
-    several = row.runs > 1
-    mean = f"{row.mean:.0f} ± {row.deviation:.0f}" if several else f"{row.mean:.0f}"
-    final, best = (band.text() if several else f"{band.value:.0f}" for band in (row.final, row.best))
-    return [row.env, row.label, str(row.runs), f"{row.frames:,}", final, mean, best]
+    mean = f"{row.mean:.0f} ± {row.deviation:.0f}" if row.runs > 1 else f"{row.mean:.0f}"
+    return [row.env, row.label, str(row.runs), f"{row.frames:,}", row.final.text(), mean, row.best.text()]
 
 
 def markdown(summary: Summary) -> str:
@@ -49,6 +48,25 @@ def table_csv(summary: Summary) -> str:
         bands = [float(x) for band in (row.final, row.best) for x in (band.value, band.low, band.high)]
         writer.writerow([row.env, row.label, row.runs, row.frames, row.mean, row.deviation, *bands])
     return text.getvalue()
+
+
+def _bands_csv(head: list[str], bands: Iterable[tuple[tuple[str, ...], Band]]) -> str:
+    """Quantities and the ends of their intervals as CSV, in numbers, one a line."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow([*head, "low", "high"])
+    writer.writerows([*names, float(b.value), float(b.low), float(b.high)] for names, b in bands)
+    return text.getvalue()
+
+
+def aggregate_csv(summary: Summary) -> str:
+    """The interquartile mean of each algorithm's scaled final returns over all tasks."""
+    return _bands_csv(["algorithm", "iqm"], (((name,), band) for name, band in summary.aggregate.items()))
+
+
+def improvement_csv(summary: Summary) -> str:
+    """The probability that a run of one algorithm is above a run of another."""
+    return _bands_csv(["algorithm", "other", "probability"], summary.improvements.items())
 
 
 def evaluations_csv(comparison: Comparison) -> str:
@@ -114,10 +132,13 @@ def page(comparison: Comparison, summary: Summary, images: dict[str, bytes], sel
             "<h2>All tasks together</h2>\n",
             f'<p class="note">Returns are scaled so that these count as 0 and 1: {html.escape(scales)}.</p>\n',
             _image(images["aggregate"], "scaled final return"),
+            _html_table(["algorithm", "IQM [95 %]"], [[n, b.text(2)] for n, b in summary.aggregate.items()], 1),
             _image(images["profiles"], "performance profiles"),
         ]
     if "improvement" in images:
+        pairs = [[*pair, band.text(2)] for pair, band in summary.improvements.items()]
         parts += ["<h2>Probability of improvement</h2>\n", _image(images["improvement"], "probability of improvement")]
+        parts += [_html_table(["a run of", "is above one of", "with probability [95 %]"], pairs, 2)]
     parts += ["<h2>Made with</h2>\n", _provenance(results)]
     parts += [f'<p class="note">{html.escape(note)}.</p>\n' for note in notes]
     return (
@@ -139,6 +160,8 @@ def write(out: Path, comparison: Comparison, summary: Summary, selector: str, no
         "table.md": markdown(summary).encode(),
         "table.csv": table_csv(summary).encode(),
         "evaluations.csv": evaluations_csv(comparison).encode(),
+        "aggregate.csv": aggregate_csv(summary).encode(),
+        "improvement.csv": improvement_csv(summary).encode(),
         **{f"{name}.png": image for name, image in images.items()},
     }
     durable.write_files(out, content)

@@ -267,7 +267,7 @@ def at(results: list[Result], frames: list[int]) -> Array:
 def archive(comparison: Comparison, folder: Path) -> None:
     """Keep each run's settings, versions and evaluations below ``folder``, as a run that can be reported again.
 
-    A run that is there already is replaced by one with the same settings and seed.
+    A run that is there already is replaced by one with the same settings and seed that is as long.
 
     Raises:
         SettingError: when runs with different settings would have the same place, or what is there cannot be read.
@@ -285,7 +285,8 @@ def archive(comparison: Comparison, folder: Path) -> None:
                     f"--archive: {place} is of a run with other settings than {result.run}: give that its own "
                     "LABEL=FOLDER",
                 )
-                places[place] = result
+                if before is None or _end(before) <= _end(result):
+                    places[place] = result
     for place, result in places.items():
         trainer = {k: v for k, v in result.config.get("trainer", {}).items() if k != "default_root_dir"}
         config = result.config | {"trainer": trainer}  # not where it was written

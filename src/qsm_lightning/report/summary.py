@@ -23,8 +23,9 @@ class Band:
     high: Array
 
     def text(self, digits: int = 0) -> str:
-        """``1234 [1200, 1260]``."""
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        """``1234 [1200, 1260]``, or ``1234`` where there is no interval."""
+        ends = "" if np.isnan(self.low) else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return f"{self.value:.{digits}f}{ends}"
 
 
 def band(function: Callable[..., Array], *samples: Array) -> Band:
