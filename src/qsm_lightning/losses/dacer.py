@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,32 +17,27 @@ from torch import Tensor, nn
 
 from qsm_lightning.errors import require, require_package, require_positive
 from qsm_lightning.losses.base import Metrics
-from qsm_lightning.losses.diffusion import DiffusionLoss, climb, networks
+from qsm_lightning.losses.diffusion import SizedDiffusionLoss, climb
 from qsm_lightning.policy import DiffusionPolicy, Policy, add_action_noise
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
-from qsm_lightning.schedule import ScheduleName
 
 COMPONENTS = 3  # of the mixture
 
 
-class DACER(DiffusionLoss):
+class DACER(SizedDiffusionLoss):
     """A diffusion policy trained through its sampler, with noise adapted to a target entropy.
 
     Args:
         observation_dim: O, width of the observation; known from the environment.
         action_dim: A, width of the action; known from the environment.
-        hidden: widths of the hidden layers of denoiser and critics.
-        time_dim: number of Fourier features of the time index, even.
-        schedule: noise schedule: vp, cosine or linear.
-        T: number of denoising steps, at least 1.
         alpha_init: alpha at the start; the noise on actions has the deviation action_noise * alpha.
         alpha_lr: learning rate of log alpha.
         alpha_every: updates between two estimates of the entropy, each a step of log alpha.
         target_entropy: the entropy in nats that alpha is adapted to; -0.9 A by default.
         entropy_samples: actions of each state of the batch that the mixture is fitted to, at least 3.
         policy_delay: updates of the critics for each one of denoiser and targets.
-        **settings: the settings of :class:`DiffusionLoss`.
+        **settings: the settings of :class:`SizedDiffusionLoss`.
 
     Raises:
         SettingError: for a value outside its range, or without scikit-learn.
@@ -55,10 +49,6 @@ class DACER(DiffusionLoss):
         self,
         observation_dim: int,
         action_dim: int,
-        hidden: Sequence[int] = (512, 512),
-        time_dim: int = 64,
-        schedule: ScheduleName = "vp",
-        T: int = 5,
         alpha_init: float = 3.0,
         alpha_lr: float = 3e-2,
         alpha_every: int = 10_000,
@@ -73,8 +63,7 @@ class DACER(DiffusionLoss):
             f"entropy_samples is {entropy_samples}: it must be at least {COMPONENTS}, the Gaussians that are fitted",
         )
         require_package("sklearn", "modes", "model.loss is dacer")
-        denoiser, critics, noise_schedule = networks(observation_dim, action_dim, hidden, time_dim, schedule, T)
-        super().__init__(denoiser, critics, noise_schedule, **settings)
+        super().__init__(observation_dim, action_dim, **settings)
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(alpha_init)))
         self.target_entropy = -0.9 * action_dim if target_entropy is None else target_entropy
         self.entropy_samples = entropy_samples

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -162,6 +162,36 @@ class DiffusionLoss(OffPolicyLoss):
         return DiffusionPolicy(self.sampler)
 
 
+class SizedDiffusionLoss(DiffusionLoss):
+    """:class:`DiffusionLoss` with the networks of QSM's authors, built from sizes.
+
+    Args:
+        observation_dim: O, width of the observation; known from the environment.
+        action_dim: A, width of the action; known from the environment.
+        hidden: widths of the hidden layers of denoiser and critics.
+        time_dim: number of Fourier features of the time index, even.
+        schedule: noise schedule: vp, cosine or linear.
+        T: number of denoising steps, at least 1.
+        **settings: the settings of :class:`DiffusionLoss`.
+
+    Raises:
+        SettingError: for a value outside its range.
+    """
+
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        hidden: Sequence[int] = (512, 512),
+        time_dim: int = 64,
+        schedule: ScheduleName = "vp",
+        T: int = 5,
+        **settings: Any,
+    ) -> None:
+        denoiser, critics, noise_schedule = networks(observation_dim, action_dim, hidden, time_dim, schedule, T)
+        super().__init__(denoiser, critics, noise_schedule, **settings)
+
+
 def climb(value: Callable[[Tensor], Tensor], action: Tensor) -> Tensor:
     """``value(action)``, a scalar: its gradient reaches what made the action, and not the critics in ``value``."""
     with torch.no_grad():
@@ -177,15 +207,7 @@ def networks(
     schedule: ScheduleName = "vp",
     T: int = 5,
 ) -> tuple[Denoiser, Critics, NoiseSchedule]:
-    """The networks of arXiv 2312.11752's code and the noise schedule, built from sizes.
-
-    Args:
-        observation_dim: O, width of the observation.
-        action_dim: A, width of the action.
-        hidden: widths of the hidden layers of denoiser and critics.
-        time_dim: number of Fourier features of the time index, even.
-        schedule: noise schedule: vp, cosine or linear.
-        T: number of denoising steps, at least 1.
+    """The networks of arXiv 2312.11752's code and the noise schedule, from the sizes of :class:`SizedDiffusionLoss`.
 
     Raises:
         SettingError: for a value outside its range.

@@ -8,7 +8,6 @@ magnitude.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -19,26 +18,21 @@ from torch import Tensor
 from qsm_lightning.distributed import batch_mean
 from qsm_lightning.errors import require, require_not_negative
 from qsm_lightning.losses.base import Metrics, polyak_update
-from qsm_lightning.losses.diffusion import DiffusionLoss, climb, networks
+from qsm_lightning.losses.diffusion import SizedDiffusionLoss, climb
 from qsm_lightning.networks import eps_given
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
-from qsm_lightning.schedule import ScheduleName
 
 
-class DiffusionQL(DiffusionLoss):
+class DiffusionQL(SizedDiffusionLoss):
     """A diffusion policy trained through its sampler.
 
     Args:
         observation_dim: O, width of the observation; known from the environment.
         action_dim: A, width of the action; known from the environment.
-        hidden: widths of the hidden layers of denoiser and critics.
-        time_dim: number of Fourier features of the time index, even.
-        schedule: noise schedule: vp, cosine or linear.
-        T: number of denoising steps, at least 1.
         eta: weight of the critics against behaviour cloning; 1 where a dataset is to be stayed close to.
         max_q_backup: sampled next actions of which the TD target takes the best, for each critic; 1 for no choice.
-        **settings: the settings of :class:`DiffusionLoss`.
+        **settings: the settings of :class:`SizedDiffusionLoss`.
 
     Raises:
         SettingError: for a value outside its range.
@@ -50,18 +44,13 @@ class DiffusionQL(DiffusionLoss):
         self,
         observation_dim: int,
         action_dim: int,
-        hidden: Sequence[int] = (512, 512),
-        time_dim: int = 64,
-        schedule: ScheduleName = "vp",
-        T: int = 5,
         eta: float = 200.0,
         max_q_backup: int = 1,
         **settings: Any,
     ) -> None:
         require_not_negative(eta=eta)
         require(max_q_backup >= 1, f"max_q_backup is {max_q_backup}: it must be at least 1")
-        denoiser, critics, noise_schedule = networks(observation_dim, action_dim, hidden, time_dim, schedule, T)
-        super().__init__(denoiser, critics, noise_schedule, **settings)
+        super().__init__(observation_dim, action_dim, **settings)
         self.eta = eta
         self.max_q_backup = max_q_backup
         self.target_denoiser = deepcopy(self.denoiser).requires_grad_(False)

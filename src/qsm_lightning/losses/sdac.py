@@ -9,7 +9,6 @@ adaptive lambda ends near a constant, which it is here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,27 +17,22 @@ from torch import Tensor
 
 from qsm_lightning.errors import require_positive
 from qsm_lightning.losses.base import Metrics
-from qsm_lightning.losses.diffusion import DiffusionLoss, networks
+from qsm_lightning.losses.diffusion import SizedDiffusionLoss
 from qsm_lightning.networks import eps_given
 from qsm_lightning.policy import BestOfNPolicy, Policy, add_action_noise
 from qsm_lightning.precision import full_precision
-from qsm_lightning.schedule import ScheduleName
 
 
-class SDAC(DiffusionLoss):
+class SDAC(SizedDiffusionLoss):
     """A diffusion policy trained on value-weighted noise.
 
     Args:
         observation_dim: O, width of the observation; known from the environment.
         action_dim: A, width of the action; known from the environment.
-        hidden: widths of the hidden layers of denoiser and critics.
-        time_dim: number of Fourier features of the time index, even.
-        schedule: noise schedule: vp, cosine or linear.
-        T: number of denoising steps, at least 1.
         entropy_coef: lambda, in units of the return.
         reverse_samples: clean actions drawn for each noised one.
         candidates: samples of which the best is taken when collecting and in the TD target.
-        **settings: the settings of :class:`DiffusionLoss`.
+        **settings: the settings of :class:`SizedDiffusionLoss`.
 
     Raises:
         SettingError: for a value outside its range.
@@ -50,18 +44,13 @@ class SDAC(DiffusionLoss):
         self,
         observation_dim: int,
         action_dim: int,
-        hidden: Sequence[int] = (512, 512),
-        time_dim: int = 64,
-        schedule: ScheduleName = "vp",
-        T: int = 5,
         entropy_coef: float = 5.0,
         reverse_samples: int = 64,
         candidates: int = 4,
         **settings: Any,
     ) -> None:
         require_positive(entropy_coef=entropy_coef, reverse_samples=reverse_samples, candidates=candidates)
-        denoiser, critics, noise_schedule = networks(observation_dim, action_dim, hidden, time_dim, schedule, T)
-        super().__init__(denoiser, critics, noise_schedule, **settings)
+        super().__init__(observation_dim, action_dim, **settings)
         self.entropy_coef = entropy_coef
         self.reverse_samples = reverse_samples
         self.candidates = candidates
