@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 
 from qsm_lightning.errors import SettingError
@@ -162,6 +163,33 @@ def test_on_a_bandit_samples_lie_around_the_best_action_with_half_the_deviation_
         assert 0.555 < bowl_policy(loss.schedule, exact[:1] * T)[1] / v**0.5 < 0.605
         assert 0.555 < bowl_policy(loss.schedule, exact)[1] / v**0.5 < 0.625
     assert (fixed.abs() > 0.999).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("T", [5, pytest.param(10, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.slow)])
+def test_on_a_bandit_a_trained_denoiser_comes_to_the_same(T: int) -> None:
+    """From scratch, learning from its own actions while M_q adapts; v is that of the test above."""
+    torch.manual_seed(0)
+    H, best = 4.0, 0.3
+    loss = QSM(OBS, A, hidden=(64, 64), time_dim=16, T=T, m_q="auto")
+    loss.critics = Bowl(H, best)
+    groups = [{"params": loss.denoiser.parameters(), "lr": 2e-3}, {"params": [loss.log_size], "lr": 1e-2}]
+    optimizer, observation = torch.optim.Adam(groups), torch.zeros(256, OBS)
+    actions = 2 * torch.rand(1000, A) - 1
+    for _ in range(800):
+        with torch.no_grad():
+            actions = torch.cat([actions[32:], loss.exploration_policy().act(observation[:32])])
+        drawn = actions[torch.randint(len(actions), (256,))]
+        batch = TensorDict({"observation": observation, "action": drawn}, 256)
+        optimizer.zero_grad()
+        (loss.actor_loss(batch)[0] + loss.m_q_loss(batch)[0]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = loss.evaluation_policy().act(torch.zeros(20_000, OBS))
+    alpha = loss.schedule.alphas[0].item()
+    v = (1 - alpha) * loss.m_q_slope / (alpha**0.5 * (1 - loss.m_q_slope * alpha**0.5))
+    assert found.mean() == pytest.approx(best, abs=0.1)
+    assert 0.4 * v**0.5 < found.std(0).mean() < 0.75 * v**0.5
+    assert (found.abs() < 1).all()
 
 
 @pytest.mark.parametrize("T", [5, 10, 20])
