@@ -269,6 +269,7 @@ def test_a_restarted_environment_of_one_rank_leaves_the_other_alone(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_two_ranks_learn_pendulum_as_one_does(tmp_path: Path) -> None:
     """At the same total frames; the shipped configuration ends above -250 on one process."""
     text = fit_ranks(tmp_path, 2, "--config=pendulum", timeout=1200)
