@@ -65,12 +65,12 @@ def run(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"updates": 1, "value": None},
+        {"updates": 1, "value": None, "loss": partial(QSM, m_q="auto")},
         pytest.param({"precision": "64-true", "value": 0.5}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": 0.02, "algorithm": "value"}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": None, "loss": DiffusionQL}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": None, "loss": SDAC}, marks=pytest.mark.slow),
-        {"precision": "64-true", "value": 0.5, "loss": partial(QSM, m_q="auto")},
+        pytest.param({"precision": "64-true", "value": 0.5, "loss": partial(QSM, m_q="auto")}, marks=pytest.mark.slow),
         pytest.param({"value": None, "loss": SAC, "sizes": {"hidden": (16, 16)}}, marks=pytest.mark.slow),
         pytest.param(
             {"precision": "64-true", "value": 0.5, "loss": TD3, "sizes": {"hidden": (16, 16), "policy_delay": 3}},

@@ -113,6 +113,7 @@ def test_torchrun(tmp_path: Path) -> None:
     assert_trained(tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_torchrun_on_two_nodes(tmp_path: Path) -> None:
     """Two "nodes" of one process each meet on this machine."""
     rendezvous = f"--rdzv_endpoint=127.0.0.1:{free_port()}"

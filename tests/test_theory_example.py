@@ -13,6 +13,7 @@ import pytest
 
 from tests.helpers import ROOT, environment
 
+pytestmark = pytest.mark.slow
 EXAMPLE = ROOT / "examples" / "theory.py"
 
 
