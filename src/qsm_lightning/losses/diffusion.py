@@ -163,7 +163,9 @@ class DiffusionLoss(OffPolicyLoss):
 
 
 class SizedDiffusionLoss(DiffusionLoss):
-    """:class:`DiffusionLoss` with the networks of QSM's authors, built from sizes.
+    """A diffusion policy with the networks of arXiv 2312.11752's code, built from sizes.
+
+    Among a class's bases it stands before a :class:`DiffusionLoss` that is given its networks (:class:`QSM`).
 
     Args:
         observation_dim: O, width of the observation; known from the environment.
@@ -188,8 +190,11 @@ class SizedDiffusionLoss(DiffusionLoss):
         T: int = 5,
         **settings: Any,
     ) -> None:
-        denoiser, critics, noise_schedule = networks(observation_dim, action_dim, hidden, time_dim, schedule, T)
-        super().__init__(denoiser, critics, noise_schedule, **settings)
+        check_hidden(hidden)
+        require(time_dim > 0 and time_dim % 2 == 0, f"time_dim is {time_dim}: it must be even and greater than 0")
+        denoiser = Denoiser(observation_dim, action_dim, hidden, time_dim)
+        critics = Critics(observation_dim, action_dim, hidden)
+        super().__init__(denoiser, critics, NoiseSchedule(schedule, T), **settings)
 
 
 def climb(value: Callable[[Tensor], Tensor], action: Tensor) -> Tensor:
@@ -197,28 +202,6 @@ def climb(value: Callable[[Tensor], Tensor], action: Tensor) -> Tensor:
     with torch.no_grad():
         g, q = torch.func.grad_and_value(value)(action.detach())
     return q + (g * (action - action.detach())).sum()
-
-
-def networks(
-    observation_dim: int,
-    action_dim: int,
-    hidden: Sequence[int] = (512, 512),
-    time_dim: int = 64,
-    schedule: ScheduleName = "vp",
-    T: int = 5,
-) -> tuple[Denoiser, Critics, NoiseSchedule]:
-    """The networks of arXiv 2312.11752's code and the noise schedule, from the sizes of :class:`SizedDiffusionLoss`.
-
-    Raises:
-        SettingError: for a value outside its range.
-    """
-    check_hidden(hidden)
-    require(time_dim > 0 and time_dim % 2 == 0, f"time_dim is {time_dim}: it must be even and greater than 0")
-    return (
-        Denoiser(observation_dim, action_dim, hidden, time_dim),
-        Critics(observation_dim, action_dim, hidden),
-        NoiseSchedule(schedule, T),
-    )
 
 
 def check_hidden(hidden: Sequence[int]) -> None:

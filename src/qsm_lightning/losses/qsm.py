@@ -8,7 +8,6 @@ denoising step moves the action along -eps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor, nn
 from qsm_lightning.distributed import batch_mean
 from qsm_lightning.errors import require, require_not_negative, require_positive
 from qsm_lightning.losses.base import Metrics
-from qsm_lightning.losses.diffusion import DiffusionLoss, networks
+from qsm_lightning.losses.diffusion import DiffusionLoss, SizedDiffusionLoss
 from qsm_lightning.networks import Denoiser, eps_given
 from qsm_lightning.precision import full_precision
-from qsm_lightning.schedule import NoiseSchedule, ScheduleName
+from qsm_lightning.schedule import NoiseSchedule
 
 EVERY = 4  # m_q: auto looks at every fourth frame of a minibatch
 
@@ -188,30 +187,10 @@ class QSMLoss(DiffusionLoss):
         return loss, {"q_grad_norm": g.norm(dim=-1).mean(), "eps_norm": eps.detach().norm(dim=-1).mean()}
 
 
-class QSM(QSMLoss):
+class QSM(SizedDiffusionLoss, QSMLoss):
     """:class:`QSMLoss` with the authors' networks, built from sizes: what ``model.loss`` in a configuration is.
 
-    Args:
-        observation_dim: O, width of the observation; known from the environment.
-        action_dim: A, width of the action; known from the environment.
-        hidden: widths of the hidden layers of denoiser and critics.
-        time_dim: number of Fourier features of the time index, even.
-        schedule: noise schedule: vp, cosine or linear.
-        T: number of denoising steps, at least 1.
-        **settings: the settings of :class:`QSMLoss`.
+    Its settings are those of :class:`SizedDiffusionLoss` and :class:`QSMLoss`.
     """
 
     compilable = True
-
-    def __init__(
-        self,
-        observation_dim: int,
-        action_dim: int,
-        hidden: Sequence[int] = (512, 512),
-        time_dim: int = 64,
-        schedule: ScheduleName = "vp",
-        T: int = 5,
-        **settings: Any,
-    ) -> None:
-        denoiser, critics, noise_schedule = networks(observation_dim, action_dim, hidden, time_dim, schedule, T)
-        super().__init__(denoiser, critics, noise_schedule, **settings)
