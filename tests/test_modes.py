@@ -291,6 +291,20 @@ def test_two_dimensions_are_drawn_as_they_are() -> None:
         assert np.array_equal(np.sort(drawn, 0), np.sort(part, 0))
 
 
+@pytest.mark.parametrize(
+    ("paths", "told"),
+    [
+        (["runs/a/version_0/checkpoints/000004000", "runs/b/version_0/checkpoints/000004000"], ["a", "b"]),
+        (["runs/a/checkpoints/000003000", "runs/a/checkpoints/000004000/"], ["000003000", "000004000"]),
+        (["/x/a/version_0", "/x/a/version_1/checkpoints/1"], ["version_0", "version_1/checkpoints/1"]),
+        (["a", "b/a"], ["a", "b/a"]),
+        (["runs/a", "runs/a"], ["a", "a"]),
+    ],
+)
+def test_runs_are_called_by_what_their_paths_differ_in(paths: list[str], told: list[str]) -> None:
+    assert command._differing(paths) == told
+
+
 def test_bad_input_ends_in_a_sentence(toys: list[str], hoppers: list[str], tmp_path: Path) -> None:
     qsm = toys[0]
     file = tmp_path / "file"

@@ -129,10 +129,19 @@ def _measure(trained: Trained, step: int, observation: Tensor, count: int, seed:
 
 
 def _names(given: list[str], runs: list[Trained]) -> list[str]:
-    """What each run is called: its algorithm, and what it was given as where there are several of that."""
+    """What each run is called: its algorithm, and by what its path differs where there are several of that."""
     algorithms = [type(trained.module.loss).__name__ for trained in runs]
     count = Counter(algorithms)
-    return [a if count[a] == 1 else f"{a} ({name})" for a, name in zip(algorithms, given, strict=True)]
+    return [a if count[a] == 1 else f"{a} ({path})" for a, path in zip(algorithms, _differing(given), strict=True)]
+
+
+def _differing(paths: list[str]) -> list[str]:
+    """Paths without the folders that all of them begin or end with."""
+    parts = [Path(path).parts for path in paths]
+    for end, rest in ((0, slice(1, None)), (-1, slice(-1))):
+        while len({path[end] for path in parts}) == 1 and min(map(len, parts)) > 1:
+            parts = [path[rest] for path in parts]
+    return ["/".join(path) for path in parts]
 
 
 def _json(options: argparse.Namespace, runs: list[Trained], found: list[list[Sampled]]) -> bytes:
