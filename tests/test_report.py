@@ -196,6 +196,22 @@ def test_kept_results_are_runs_again(make: Make, tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_what_is_kept_stays_where_it_is_when_there_is_more_to_tell_it_apart_from(make: Make, tmp_path: Path) -> None:
+    def keep() -> set[str]:
+        report.run([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--archive", str(tmp_path / "kept")])
+        return {f.parent.relative_to(tmp_path / "kept").as_posix() for f in (tmp_path / "kept").rglob("metrics.csv")}
+
+    make("runs/q", {10: 1.0})
+    assert keep() == {"Pendulum-v1/qsm/seed=0"}
+    make("runs/later", {10: 1.0, 20: 2.0})
+    make("runs/other", {10: 1.0, 20: 3.0}, model__loss__init_args__m_q=2.0)
+    assert keep() == {"Pendulum-v1/qsm/seed=0", "Pendulum-v1/qsm-m_q=2/seed=0"}
+    assert "2.0" in (tmp_path / "kept/Pendulum-v1/qsm/seed=0/metrics.csv").read_text(), "and goes on"
+    report.run([str(tmp_path / "kept"), "--out", str(tmp_path / "again")])
+    tables = [(tmp_path / name / "table.csv").read_bytes() for name in ("out", "again")]
+    assert tables[0] == tables[1]
+
+
 def test_what_is_kept_is_replaced_by_the_same_run_only_and_by_no_shorter_one(make: Make, tmp_path: Path) -> None:
     def kept_with(*names: str, force: bool = False) -> None:
         named = [f"QSM={tmp_path / name}" for name in names]

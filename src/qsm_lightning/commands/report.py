@@ -76,7 +76,7 @@ def run(args: list[str] | None = None) -> None:
         written = page.write(options.out, comparison, summary, options.selector, notes)
     if options.archive is not None:
         with durable.writing(options.archive, "--archive"):
-            results.archive(comparison, options.archive)
+            results.archive(comparison, options.archive, {label for label, _ in named})
     print((options.out / "table.md").read_text())
     for note in notes:
         print(f"note: {note}")

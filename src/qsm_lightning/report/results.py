@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -97,9 +97,14 @@ def find(path: Path) -> list[Path]:
     Raises:
         SettingError: when there is none.
     """
-    found = sorted(config.parent for config in path.rglob(runs.CONFIG) if (config.parent / runs.METRICS).is_file())
+    found = _below(path)
     require(bool(found), f"RUNS has {str(path)!r}: there is no run of qsm-fit at or below it; name one that has")
     return found
+
+
+def _below(path: Path) -> list[Path]:
+    """The folders of runs at or below ``path``, if any."""
+    return sorted(config.parent for config in path.rglob(runs.CONFIG) if (config.parent / runs.METRICS).is_file())
 
 
 def read(run: Path, selector: str, force: bool = False) -> Result | None:
@@ -231,6 +236,11 @@ def compare(
     return comparison, notes
 
 
+def _identity(result: Result) -> tuple[Any, ...]:
+    """What runs share of which one replaces another."""
+    return result.env, result.seed, *sorted(result.compared.items())
+
+
 def _end(result: Result) -> float:
     """The frame of a run's last evaluation."""
     return float(result.frames[-1])
@@ -264,20 +274,24 @@ def at(results: list[Result], frames: list[int]) -> Array:
     return np.array([[dict(zip(r.frames.astype(int), r.returns, strict=True))[f] for f in frames] for r in results])
 
 
-def archive(comparison: Comparison, folder: Path) -> None:
+def archive(comparison: Comparison, folder: Path, named: Collection[str] = ()) -> None:
     """Keep each run's settings, versions and evaluations below ``folder``, as a run that can be reported again.
 
-    A run that is there already is replaced by one with the same settings and seed that is as long.
+    A run that is there already is replaced by one with the same settings and seed that is as long. It stays in its
+    place, whatever else there is by now to tell it apart from, unless a user gave its label (``named``).
 
     Raises:
         SettingError: when runs with different settings would have the same place, or what is there cannot be read.
         OSError: when the disk is full or cannot be written.
     """
+    there = {_identity(kept): kept.run for run in _below(folder) if (kept := read(run, "sample", force=True))}
     places: dict[Path, Result] = {}
     for env, by_label in comparison.items():
         for name, results in by_label.items():
             for result in results:
                 place = folder / re.sub(r"[/: ]+", "-", env) / re.sub(r"[/: ]+", "-", name) / f"seed={result.seed}"
+                if name not in named:
+                    place = there.get(_identity(result), place)
                 kept = read(place, "sample", force=True) if (place / runs.METRICS).is_file() else None
                 before = places.get(place, kept)
                 require(
