@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from qsm_lightning.commands import report
 from qsm_lightning.errors import SettingError
-from qsm_lightning.report import results
+from qsm_lightning.report import pictures, results
 from qsm_lightning.report.statistics import improvement, interval, iqm, share
 from qsm_lightning.report.summary import LEVELS, summarize
 from tests.conftest import FullDisk
@@ -181,6 +182,22 @@ def test_the_page_needs_nothing_else(make: Make, tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 4
     assert "m_q=&lt;auto&gt;" in page, "settings are escaped"
     assert "3.17.0, 3.3.0" in page
+
+
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_the_legend_is_on_the_picture(count: int, make: Make, tmp_path: Path) -> None:
+    """However many labels there are, and however long."""
+    for i in range(count):
+        make(f"q{i}", {10: 1.0, 20: 2.0}, model__loss__init_args__a_setting_with_a_name_that_is_long_for_a_legend=i)
+    found = [r for f in results.find(tmp_path) if (r := results.read(f, "sample"))]
+    comparison, _ = results.compare(zip(results.label(found), found, strict=True))
+    figure = pictures.learning_curves(summarize(comparison))
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == count
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
 
 
 def test_kept_results_are_runs_again(make: Make, tmp_path: Path) -> None:

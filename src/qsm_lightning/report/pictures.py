@@ -37,9 +37,13 @@ def learning_curves(summary: Summary) -> Figure:
     count = len(summary.curves)
     columns = min(3, count)
     lines = math.ceil(count / columns)
-    figure = Figure(figsize=(4.2 * columns + 0.4, 3.2 * lines + 0.6), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False)
     colour = colours(summary)
+    widest = 0.8 + 0.085 * max(map(len, colour))  # inches in the legend
+    width = max(4.2 * columns + 0.4, widest)
+    beside = min(5, len(colour), int(width / widest))
+    below = 0.35 + 0.25 * math.ceil(len(colour) / beside)
+    figure = Figure(figsize=(width, 3.2 * lines + below), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
     for axis, (env, curves) in zip(axes.flat, summary.curves.items(), strict=False):
         for name, band in curves.items():
             _line(axis, np.array(summary.frames[env][name]) / 1000, band, colour[name], name)
@@ -50,7 +54,7 @@ def learning_curves(summary: Summary) -> Figure:
     for axis in axes[:, 0]:
         axis.set_ylabel("evaluation return")
     drawn = {name: line for axis in axes.flat for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=min(5, len(drawn)), frameon=False)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=beside, frameon=False)
     return figure
 
 
