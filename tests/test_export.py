@@ -28,6 +28,7 @@ from qsm_lightning.errors import SettingError
 from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.exporting import Acting, Inputs, exact_action, example_inputs, exported, largest_difference, traced
 from qsm_lightning.losses import ALGORITHMS, CQSM, DACER, QSM, SAC, SDAC, TD3, CQSMDiffusion, DiffusionQL, OffPolicyLoss
+from qsm_lightning.losses.td3 import DeterministicPolicy
 from qsm_lightning.policy import DiffusionPolicy, ExplorationPolicy, Policy
 from qsm_lightning.seeding import Purpose, derive_seed
 from tests.conftest import FullDisk
@@ -180,7 +181,7 @@ def test_policies_that_cannot_be_a_function_of_their_inputs_are_refused() -> Non
     with pytest.raises(SettingError, match=r"Silent cannot be exported \(ZeroDivisionError\)"):
         traced(Silent(), 3)
     with pytest.raises(SettingError, match=r"ExplorationPolicy cannot be exported: it draws noise inside \(aten.randn"):
-        traced(ExplorationPolicy(random_policy().sampler), 3)  # type: ignore[arg-type]
+        traced(ExplorationPolicy(DeterministicPolicy(torch.nn.Linear(3, 2))), 3)
 
 
 # The command.

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.losses import QSM
-from qsm_lightning.losses.sdac import NoisyBestOfN
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, add_action_noise
 
@@ -32,7 +31,7 @@ def test_exploration_adds_noise_to_the_same_action() -> None:
     torch.manual_seed(1)
     plain = DiffusionPolicy(loss.sampler).act(observation)
     torch.manual_seed(1)
-    explored = ExplorationPolicy(loss.sampler, 0.1).act(observation)
+    explored = ExplorationPolicy(DiffusionPolicy(loss.sampler), 0.1).act(observation)
     inside = (plain.abs() < 0.5).all(1)
     difference = (explored - plain)[inside]
     assert abs(difference.std().item() - 0.1) < 0.005
@@ -65,11 +64,8 @@ def test_best_of_n_takes_the_candidate_the_smaller_critic_prefers() -> None:
 
 
 def test_noise_that_is_given_is_that_which_would_be_drawn() -> None:
-    """And what an exploring policy adds to the action is drawn after it, as ever."""
     loss, observation = small(), torch.randn(7, 3)
-    policies = [ExplorationPolicy(loss.sampler), NoisyBestOfN(loss.sampler, loss.critics, 4, 0.1)]
-    policies += [DiffusionPolicy(loss.sampler), BestOfNPolicy(loss.sampler, loss.critics, 4)]
-    for policy in policies:
+    for policy in (DiffusionPolicy(loss.sampler), BestOfNPolicy(loss.sampler, loss.critics, 4)):
         torch.manual_seed(1)
         drawn = policy.act(observation)
         torch.manual_seed(1)
@@ -80,7 +76,7 @@ def test_noise_that_is_given_is_that_which_would_be_drawn() -> None:
 
 def test_policies_share_the_losss_parameters() -> None:
     loss = small()
-    for policy in (loss.exploration_policy(), loss.evaluation_policy(), loss.evaluation_policy("best_of_n", 4)):
+    for policy in (loss.exploration_policy().policy, loss.evaluation_policy(), loss.evaluation_policy("best_of_n", 4)):
         assert policy.sampler.denoiser is loss.denoiser
 
 

@@ -118,7 +118,7 @@ def test_targets_of_a_copy_follow_the_copy() -> None:
 def test_policies_act_with_the_weights_under_training() -> None:
     loss, observation = made(), torch.zeros(4000, OBS)
     explores, evaluated = loss.exploration_policy(), loss.evaluation_policy()
-    assert isinstance(explores, DeterministicPolicy)
+    assert isinstance(evaluated, DeterministicPolicy)
     with torch.no_grad():
         action = acted(loss.inner.actor_network_params, observation)
         assert torch.equal(evaluated.act(observation), action)

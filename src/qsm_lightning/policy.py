@@ -65,15 +65,16 @@ class DiffusionPolicy(Policy):
         return self.sampler(observation, noise)
 
 
-class ExplorationPolicy(DiffusionPolicy):
-    """The diffusion policy with Gaussian noise of deviation ``noise_std`` added to its action, as when collecting."""
+class ExplorationPolicy(Policy):
+    """Another policy with Gaussian noise of deviation ``noise_std`` added to its action, as when collecting."""
 
-    def __init__(self, sampler: Sampler, noise_std: float = 0.1) -> None:
-        super().__init__(sampler)
+    def __init__(self, policy: Policy, noise_std: float = 0.1) -> None:
+        super().__init__()
+        self.policy = policy
         self.noise_std = noise_std
 
-    def act(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
-        action = super().act(observation, noise)
+    def act(self, observation: Tensor) -> Tensor:
+        action = self.policy.act(observation)
         return add_action_noise(action, torch.randn_like(action), self.noise_std)
 
 

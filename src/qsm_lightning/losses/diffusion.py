@@ -154,7 +154,7 @@ class DiffusionLoss(OffPolicyLoss):
         polyak_update(self.critics, self.target_critics, self.tau)
 
     def exploration_policy(self) -> Policy:
-        return ExplorationPolicy(self.sampler, self.action_noise)
+        return ExplorationPolicy(DiffusionPolicy(self.sampler), self.action_noise)
 
     def evaluation_policy(self, selector: str = "sample", n: int = 32) -> Policy:
         if selector == "best_of_n":

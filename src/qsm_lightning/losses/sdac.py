@@ -19,7 +19,7 @@ from qsm_lightning.errors import require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.diffusion import SizedDiffusionLoss
 from qsm_lightning.networks import eps_given
-from qsm_lightning.policy import BestOfNPolicy, Policy, add_action_noise
+from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy
 from qsm_lightning.precision import full_precision
 
 
@@ -92,16 +92,5 @@ class SDAC(SizedDiffusionLoss):
         return loss, {"target_norm": target.norm(dim=-1).mean(), "eps_norm": eps.detach().norm(dim=-1).mean()}
 
     def exploration_policy(self) -> Policy:
-        return NoisyBestOfN(self.sampler, self.critics, self.candidates, self.action_noise)
-
-
-class NoisyBestOfN(BestOfNPolicy):
-    """The best of n samples with Gaussian noise of deviation ``noise_std``."""
-
-    def __init__(self, sampler: Any, critics: Any, n: int, noise_std: float) -> None:
-        super().__init__(sampler, critics, n)
-        self.noise_std = noise_std
-
-    def act(self, observation: Tensor, noise: Tensor | None = None) -> Tensor:
-        action = super().act(observation, noise)
-        return add_action_noise(action, torch.randn_like(action), self.noise_std)
+        best = BestOfNPolicy(self.sampler, self.critics, self.candidates)
+        return ExplorationPolicy(best, self.action_noise)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from qsm_lightning.errors import require_not_negative, require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.wrapped import WrappedLoss
 from qsm_lightning.networks import MLP
-from qsm_lightning.policy import Policy, add_action_noise
+from qsm_lightning.policy import ExplorationPolicy, Policy
 
 
 class TD3(WrappedLoss):
@@ -70,7 +69,8 @@ class TD3(WrappedLoss):
         return TD3Loss(actor, critics, **settings)
 
     def policy(self, actor: Any, explores: bool) -> Policy:
-        return DeterministicPolicy(actor.module, self.action_noise if explores else 0.0)
+        policy = DeterministicPolicy(actor.module)
+        return ExplorationPolicy(policy, self.action_noise) if explores else policy
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """The critics' loss on a replay batch [B]."""
@@ -83,17 +83,11 @@ class TD3(WrappedLoss):
 
 
 class DeterministicPolicy(Policy):
-    """The action of a network, with Gaussian noise of deviation ``noise_std``.
+    """What a network gives for an observation: [N, O] -> [N, A]."""
 
-    Args:
-        network: observation [N, O] -> action [N, A].
-        noise_std: 0 for no noise.
-    """
-
-    def __init__(self, network: nn.Module, noise_std: float) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.noise_std = network, noise_std
+        self.network = network
 
     def act(self, observation: Tensor) -> Tensor:
-        action = self.network(observation)
-        return add_action_noise(action, torch.randn_like(action), self.noise_std) if self.noise_std else action
+        return self.network(observation)
