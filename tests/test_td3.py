@@ -18,6 +18,7 @@ from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import TD3
 from qsm_lightning.losses.td3 import DeterministicPolicy
 from qsm_lightning.module import OffPolicyModule
+from qsm_lightning.policy import ExplorationPolicy
 from tests.helpers import replay_batch, twin_values
 
 OBS, A = 3, 2
@@ -119,6 +120,8 @@ def test_policies_act_with_the_weights_under_training() -> None:
     loss, observation = made(), torch.zeros(4000, OBS)
     explores, evaluated = loss.exploration_policy(), loss.evaluation_policy()
     assert isinstance(evaluated, DeterministicPolicy)
+    assert isinstance(explores, ExplorationPolicy)
+    assert isinstance(explores.policy, DeterministicPolicy)
     with torch.no_grad():
         action = acted(loss.inner.actor_network_params, observation)
         assert torch.equal(evaluated.act(observation), action)

@@ -188,7 +188,7 @@ def compare(
             f"{name} stands for runs of {result.env} with different settings, such as {result.run}: give each its own "
             "LABEL=FOLDER, or insist with --force",
         )
-        if same and same[-1].seed == result.seed and same[-1].compared == result.compared:
+        if same and _identity(same[-1]) == _identity(result):
             notes.append(f"{result.run} is left out: {same[-1].run} has the same settings and seed, and is as long")
         else:
             same.append(result)
