@@ -1,7 +1,6 @@
 """What a GPU makes of a gradient update, and of the whole loop.
 
-Usage: python -m benchmarks.gpu [--hidden 256 512 1024] [--batch 256 2048 8192] [--precision tf32 fp32 bf16]
-                                  [--minutes 8] [--device cuda] [--json FILE]
+Usage: python -m benchmarks.gpu [--settings 512/256/fp32 1024/8192/bf16 ...] [--minutes 8] [--device cuda] [--json FILE]
 
 An update is everything in it, as in benchmarks/update.py, on batches that are on the device. In one process, taking
 turns:
@@ -12,8 +11,8 @@ graphed     the same function as a CUDA graph: as in a run with model.compile tr
 
 against two floors: the products of matrices in an update at the rate that torch.mm reaches with large matrices in the
 same precision, and its kernels at the time that an empty one takes in a graph. Then frames per second of qsm-fit, by
-benchmarks/loop.py. Settings are measured in order until most of the time is used: what is left out is said. With
---device cpu, which has no graphs, the benchmark itself can be tried.
+benchmarks/loop.py. All settings are compiled side by side beforehand, and measured one after the other until most of
+the time is used: what is left out is said. With --device cpu, which has no graphs, the benchmark itself can be tried.
 """
 
 from __future__ import annotations
@@ -22,31 +21,46 @@ import argparse
 import contextlib
 import gc
 import json
+import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict import TensorDict
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import described, machine
 from benchmarks.report import markdown, quartiles, save, told
 from benchmarks.update import ACTION, Products, optimizers, plain_update, replay_batch
-from qsm_lightning.compiled import Captured, CompiledUpdate
+from qsm_lightning.compiled import CompiledUpdate
+from qsm_lightning.gpu import Captured
 from qsm_lightning.losses import QSM
 
-PRECISIONS = ["tf32", "fp32", "bf16"]
+PRECISIONS = ["fp32", "tf32", "bf16"]
+SETTINGS = [(h, b, name) for b, name, h in product([256, 8192, 2048], PRECISIONS, [512, 256, 1024])]
 CASES = ["1:1", "16:0.25", "256:0.0625"]  # of benchmarks/loop.py
 OBSERVATION = 11
 LARGE = 8192  # matrices that reach the rate
-COMPILING_S = 90.0  # a setting is begun if this is left
+SETTING_S = 20.0  # a setting is begun if this is left
 CASE_S = 75.0  # kept for each case of the loop
+
+
+def setting(text: str) -> tuple[int, int, str]:
+    """Width, batch and precision from the command line."""
+    hidden, batch, name = text.split("/")
+    if name not in PRECISIONS:
+        raise ValueError(f"{name} is not one of {PRECISIONS}")
+    return int(hidden), int(batch), name
 
 
 def wait(device: torch.device) -> None:
@@ -91,24 +105,54 @@ def kernel_seconds(device: torch.device, count: int = 1000) -> float:
     return min(seconds_each(graph.replay, 10, device) for _ in range(5)) / count
 
 
-def kernels(call: Callable[[], Any], device: torch.device) -> int:
-    """How many kernels a call starts."""
+def kernels(call: Callable[[], Any], device: torch.device) -> dict[str, dict[str, tuple[int, float]]]:
+    """The kernels that a call starts, how often, and their microseconds: products of matrices, loops, the rest."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         call()
         wait(device)
-    return sum(event.device_type == DeviceType.CUDA for event in recorded.events() or ())
+    found: dict[str, dict[str, tuple[int, float]]] = {"products": {}, "loops": {}, "the rest": {}}
+    for event in recorded.events() or ():
+        if event.device_type == DeviceType.CUDA:
+            product = any(word in event.name.lower() for word in ("gemm", "nvjet", "splitk", "cublas"))
+            kind = "loops" if event.name.startswith("triton_") else "products" if product else "the rest"
+            name = event.name[:60]  # of what may be several hundred letters
+            count, time_us = found[kind].get(name, (0, 0.0))
+            found[kind][name] = (count + 1, time_us + event.device_time_total)
+    return found
+
+
+def built(hidden: int, batch: int, T: int, device: torch.device) -> tuple[QSM, TensorDict, CompiledUpdate]:
+    """A loss, frames, and its compiled update, of which nothing is compiled yet."""
+    loss, frames = QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T), replay_batch(batch, OBSERVATION)
+    loss = loss.to(device)
+    return loss, frames.to(device), CompiledUpdate(loss, optimizers(loss), lambda due: loss.update_targets())
+
+
+def compile_setting(hidden: int, batch: int, name: str, T: int, device: torch.device) -> float:
+    """In a process of its own: leave the code of a setting on disk; returns the seconds it took."""
+    _, frames, update = built(hidden, batch, T, device)
+    start = time.perf_counter()
+    with precision(name, device):
+        update(frames)
+    wait(device)
+    return time.perf_counter() - start
+
+
+def compile_all(settings: list[tuple[int, int, str]], T: int, device: torch.device) -> list[float]:
+    """Seconds that each setting took to compile, half as many at once as there are cores."""
+    workers = max(1, min(len(settings), len(os.sched_getaffinity(0)) // 2))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(partial(compile_setting, T=T, device=device), *zip(*settings, strict=True)))
 
 
 def measure(hidden: int, batch: int, name: str, T: int, device: torch.device, rounds: int) -> dict[str, Any]:
     """One setting: milliseconds an update takes in each way, and what is in it."""
-    frames = replay_batch(batch, OBSERVATION)
     with Products() as products:
-        plain_update(QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T), frames)()
-    frames = frames.to(device)
-    losses = [QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T).to(device) for _ in range(2)]
-    fast = CompiledUpdate(losses[1], optimizers(losses[1]), lambda due: losses[1].update_targets())
+        plain_update(QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T), replay_batch(batch, OBSERVATION))()
+    plain, frames, _ = built(hidden, batch, T, device)
+    _, _, fast = built(hidden, batch, T, device)
     with precision(name, device):
-        ways: dict[str, Callable[[], Any]] = {"eager": plain_update(losses[0], frames)}
+        ways: dict[str, Callable[[], Any]] = {"eager": plain_update(plain, frames)}
         start = time.perf_counter()
         for _ in range(3):
             fast(frames)
@@ -121,14 +165,14 @@ def measure(hidden: int, batch: int, name: str, T: int, device: torch.device, ro
             fast._compiled[due] = form
             fast(frames)
 
-        ways |= {way: lambda form=form: as_form(form) for way, form in forms.items()}  # type: ignore[misc]
+        ways |= {way: partial(as_form, form) for way, form in forms.items()}
         ms: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(rounds):
             for way, call in ways.items():
                 once = seconds_each(call, 3, device)
                 calls = max(3, min(300, round(0.1 / once)))
                 ms[way].append(1e3 * seconds_each(call, calls, device))
-        started = kernels(ways["compiled"], device) if device.type == "cuda" else 0
+        started = kernels(ways["graphed"], device) if "graphed" in ways else {}
     return {
         "setting": {"hidden": hidden, "batch": batch, "precision": name, "T": T},
         "flops": products.flops(),
@@ -141,7 +185,7 @@ def measure(hidden: int, batch: int, name: str, T: int, device: torch.device, ro
 def table(rows: list[dict[str, Any]], rates: dict[str, float], kernel_s: float) -> str:
     """Milliseconds and updates per second, against the floors."""
     head = ["hidden", "batch", "precision", "T", "eager, ms", "compiled, ms", "graphed, ms", "updates/s"]
-    head += ["times eager", "of the matrix rate", "kernels", "their floor, ms", "compiling, s"]
+    head += ["times eager", "of the matrix rate", "kernels", "their floor, ms", "products, ms", "loops, ms"]
     cells = []
     for row in rows:
         ms = row["update_ms"]
@@ -153,9 +197,12 @@ def table(rows: list[dict[str, Any]], rates: dict[str, float], kernel_s: float) 
                 f"{1e3 / best:,.0f}",
                 f"{ms['eager'][0] / best:.1f}",
                 f"{row['flops'] / (best / 1e3) / rates[row['setting']['precision']]:.0%}",
-                str(row["kernels"]),
-                f"{1e3 * row['kernels'] * kernel_s:.3f}",
-                f"{row['first_calls_s']:.0f}",
+                str(count := sum(count for of_kind in row["kernels"].values() for count, _ in of_kind.values())),
+                f"{1e3 * count * kernel_s:.3f}",
+                *(
+                    f"{sum(time_us for _, time_us in row['kernels'].get(kind, {}).values()) / 1e3:.3f}"
+                    for kind in ("products", "loops")
+                ),
             ]
         )
     return markdown(head, cells)
@@ -177,9 +224,9 @@ def frames_per_second(gpu: bool, case: str) -> dict[str, Any]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 256, 1024], help="widths of two hidden layers")
-    parser.add_argument("--batch", type=int, nargs="+", default=[256, 8192, 2048], help="frames per update")
-    parser.add_argument("--precision", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument(
+        "--settings", nargs="+", type=setting, default=SETTINGS, help="width/batch/precision (default: 27 of them)"
+    )
     parser.add_argument("--T", type=int, default=5, help="denoising steps (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns, at least 2 (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=8, help="time for all (default: %(default)s)")
@@ -194,7 +241,7 @@ def main() -> None:
     end = time.monotonic() + 60 * options.minutes
     end_of_updates = end - (0 if options.no_loop else CASE_S * len(CASES))
     size = LARGE if gpu else 512
-    rates = {name: matrix_rate(name, device, size) for name in options.precision}
+    rates = {name: matrix_rate(name, device, size) for name in PRECISIONS}
     results: dict[str, Any] = {
         "machine": machine(),
         "matrix_flops_per_s": rates,
@@ -202,8 +249,10 @@ def main() -> None:
         "rows": [],
         "left_out": [],
     }
-    for batch, name, hidden in product(options.batch, options.precision, options.hidden):
-        if time.monotonic() + COMPILING_S > end_of_updates:
+    results["compiling_s"] = compile_all(options.settings, options.T, device)
+    print(f"{len(options.settings)} settings are compiled", file=sys.stderr)
+    for hidden, batch, name in options.settings:
+        if time.monotonic() + SETTING_S > end_of_updates:
             results["left_out"].append([hidden, batch, name])
             continue
         results["rows"].append(measure(hidden, batch, name, options.T, device, options.rounds))
@@ -212,7 +261,9 @@ def main() -> None:
         print(f"({hidden}, {hidden}), batch {batch}, {name} is done", file=sys.stderr)
     print(f"{described(results['machine'])}\n\nms per update: median (quartiles)\n")
     print(table(results["rows"], rates, results["kernel_s"]))
-    print("\nmatrix rate: " + ", ".join(f"{name} {rate / 1e12:,.1f} TFLOP/s" for name, rate in rates.items()))
+    took = sorted(results["compiling_s"])
+    print(f"\ncompiling a setting, several at once: {took[0]:.0f} to {took[-1]:.0f} s")
+    print("matrix rate: " + ", ".join(f"{name} {rate / 1e12:,.1f} TFLOP/s" for name, rate in rates.items()))
     if results["left_out"]:
         print("no time was left for " + ", ".join(f"{h}/{b}/{name}" for h, b, name in results["left_out"]))
     results["loop"] = []

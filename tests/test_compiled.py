@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.training import quiet_trainer
+from benchmarks.update import compiled_update, plain_update
 from pytorch_lightning import Callback, LightningModule, Trainer
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, fx
 
 from qsm_lightning import compiled
 from qsm_lightning.compiled import WORTHWHILE_UPDATES, compile_acting
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
+from qsm_lightning.gpu import ThinProducts
 from qsm_lightning.losses import QSM, SAC, SDAC, TD3, DiffusionQL
 from qsm_lightning.losses.base import Metrics, OffPolicyLoss
 from qsm_lightning.module import OffPolicyModule
@@ -101,7 +104,7 @@ def test_compiled_training_equals_plain_training(settings: dict[str, Any], tmp_p
 def test_precision_is_mixed_in_the_same_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compiled, run as it stands, in bfloat16: also the backward pass is where the plain update has it."""
     plain, _ = run(tmp_path, False, updates=1, precision="bf16-mixed", value=None)
-    monkeypatch.setattr(compiled, "compiled", lambda function: function)
+    monkeypatch.setattr(compiled, "compiled", lambda function, device: function)
     monkeypatch.setattr("qsm_lightning.datamodule.compile_acting", lambda policy: None)
     same, trainer = run(tmp_path, True, updates=1, precision="bf16-mixed", value=None)
     assert trainer.lightning_module._compiled is not None
@@ -278,6 +281,74 @@ def test_a_run_goes_on_compiled_or_not(tmp_path: Path) -> None:
         assert said in out
         optimizers = state(run_folder)["optimizer_states"]
         assert [{float(s["step"]) for s in o["state"].values()} for o in optimizers] == [{frames - 40.0}] * 3
+
+
+class Watched(ThinProducts):
+    """Keeps what is left of a graph; not that of an earlier run, which would be found on disk."""
+
+    own = os.urandom(8)
+
+    def uuid(self) -> bytes:
+        return self.own
+
+    def __call__(self, graph: fx.Graph) -> None:
+        super().__call__(graph)
+        self.targets = [node.target for node in graph.nodes]
+
+
+@needs_compiler
+def test_thin_products_become_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers, in float64; wide products stay what they are."""
+    watched = Watched()
+    monkeypatch.setattr(compiled, "NoiseInOrder", lambda: watched)
+    torch.manual_seed(0)
+    bias, wide, thin = (torch.randn(size, dtype=torch.float64) for size in ((5,), (32, 40), (40, 5)))
+
+    def products(batch: Tensor) -> Tensor:
+        wider = (batch @ wide).relu()  # [20, 40]
+        return torch.addmm(bias, wider, thin).tanh() @ thin.T + wider
+
+    batch = torch.randn(20, 32, dtype=torch.float64)
+    torch.testing.assert_close(compiled.compiled(products)(batch), products(batch), rtol=1e-12, atol=1e-12)
+    assert watched.targets.count(torch.ops.aten.mm.default) == 1
+    assert torch.ops.aten.addmm.default not in watched.targets
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [QSM, partial(QSM, m_q="auto"), partial(QSM, T=20), TD3, SDAC, DiffusionQL])
+def test_updates_with_sums_in_place_of_thin_products(
+    loss: Callable[..., OffPolicyLoss], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an update is compiled to on a GPU, on a CPU: equal to the plain one in float64."""
+    monkeypatch.setattr(compiled, "NoiseInOrder", ThinProducts)
+    batch = replay_batch(64, 11, 3).apply(lambda value: value.double() if value.is_floating_point() else value)
+    ends = []
+    for make in (compiled_update, plain_update):
+        torch.manual_seed(0)
+        trained = loss(11, 3, hidden=(32, 32)).double()
+        torch.manual_seed(1)
+        update = make(trained, batch)
+        for _ in range(20):
+            update()
+        ends.append(trained.state_dict())
+    for name, value in ends[1].items():
+        torch.testing.assert_close(ends[0][name], value, rtol=1e-9, atol=1e-9 * value.abs().max().item(), msg=name)
+
+
+@needs_compiler
+def test_noise_is_drawn_in_the_order_in_which_it_is_written() -> None:
+    """Also where the first loop needs the last noise, as two loops over the same numbers have become one."""
+
+    def noisy(batch: Tensor) -> list[Tensor]:
+        early = batch.sin()
+        return [early, torch.randn(8, 8) @ batch, torch.randn_like(early) @ batch, batch + torch.randn(8, 8)]
+
+    batch, ends = torch.randn(8, 8), []
+    for function in (noisy, compiled.compiled(noisy)):
+        torch.manual_seed(3)
+        ends.append(function(batch))
+    torch.testing.assert_close(*ends)
 
 
 def settings(tmp_path: Path, compile: Any, **data: Any) -> tuple[OffPolicyModule, Trainer, OffPolicyDataModule]:

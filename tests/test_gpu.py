@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.training import quiet_trainer
-from benchmarks.update import compiled_update, plain_update
+from benchmarks.update import compiled_update, optimizers, plain_update
 from tensordict import TensorDictBase
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 
-from qsm_lightning import compiled
+from qsm_lightning.compiled import CompiledUpdate
 from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.gpu import Captured
 from qsm_lightning.losses import CQSM, QSM, SAC, TD3, OffPolicyLoss
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.plain import generators_state, load_generators_state
@@ -31,25 +33,25 @@ CAPTURED = [*ON_GPU, "--model.compile=true", "--data.storage=device"]
 TINY = ["--config=pendulum", *SHRINK, *CAPTURED, "--data.eval_selector=sample", "--picture.every_evaluations=0"]
 
 
-def after_updates(
-    make: Callable[[OffPolicyLoss, TensorDictBase], Callable[[], Any]],
-    loss: Callable[..., OffPolicyLoss],
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """What a thousand updates on ten batches in turn come to."""
+def some_batches(dtype: torch.dtype) -> list[TensorDictBase]:
+    """Ten of 256 frames."""
 
     def frames(seed: int) -> TensorDictBase:
         found = replay_batch(256, 11, 3, seed).to("cuda")
         return found.apply(lambda value: value.to(dtype) if value.is_floating_point() else value)
 
-    torch.manual_seed(0)
-    trained = loss(11, 3, hidden=(64, 64)).to("cuda", dtype)
-    batch = frames(0)
-    update = make(trained, batch)
+    return [frames(seed) for seed in range(10)]
+
+
+def after_updates(
+    update: Callable[[], Any], batch: TensorDictBase, others: list[TensorDictBase], trained: OffPolicyLoss
+) -> dict[str, Tensor]:
+    """What a thousand updates on ``batch``, which becomes each of the others in turn, come to."""
+    torch.manual_seed(1)
     for i in range(1000):
-        batch.update_(frames(i % 10))
+        batch.update_(others[i % 10])
         update()
-    return trained.state_dict()
+    return {name: value.clone() for name, value in trained.state_dict().items()}
 
 
 def check_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -60,19 +62,51 @@ def check_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("loss", [QSM, partial(QSM, m_q="auto"), SAC, TD3])
-def test_a_graph_does_what_was_captured(loss: Callable[..., OffPolicyLoss], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thousand updates in float32, with the same noise and the same kernels."""
-    captured = after_updates(compiled_update, loss)
-    monkeypatch.setattr(compiled, "Captured", lambda function: function)
-    check_near(captured, after_updates(compiled_update, loss))
+@pytest.mark.parametrize(
+    "loss",
+    [
+        QSM,
+        partial(QSM, m_q="auto"),
+        pytest.param(
+            SAC,
+            marks=pytest.mark.xfail(
+                torch.__version__ < "2.12", reason="torch 2.11 cannot trace it", raises=Unsupported, strict=False
+            ),
+        ),
+        TD3,
+    ],
+)
+def test_a_graph_does_what_was_captured(loss: Callable[..., OffPolicyLoss]) -> None:
+    """A thousand updates in float32, from the same start, with the same noise and the same kernels."""
+    trained, batches = loss(11, 3, hidden=(64, 64)).to("cuda"), some_batches(torch.float32)
+    batch = batches[0].clone()
+    update = CompiledUpdate(trained, optimizers(trained), lambda due: trained.update_targets())
+    update(batch)
+    ((due, graph),) = update._compiled.items()
+    assert isinstance(graph, Captured)
+    adams = update.adams.values()
+    tensors = [*trained.state_dict().values(), *(value for adam in adams for value in (*adam.means, *adam.squares))]
+    start, ends = [value.clone() for value in tensors], []
+    for form in (graph, graph.function):
+        for value, before in zip(tensors, start, strict=True):
+            value.copy_(before)
+        for adam in adams:
+            adam.done = 1
+        update._compiled[due] = form
+        ends.append(after_updates(partial(update, batch), batch, batches, trained))
+    check_near(*ends)
 
 
 @needs_compiler
 @pytest.mark.parametrize("loss", [QSM, partial(QSM, m_q="auto"), TD3])
 def test_captured_updates_equal_plain_ones(loss: Callable[..., OffPolicyLoss]) -> None:
     """In float64: in float32 a thousand updates make 1e-2 of what two orders of summation differ by."""
-    check_near(*(after_updates(make, loss, torch.float64) for make in (compiled_update, plain_update)))
+    batches, ends = some_batches(torch.float64), []
+    for make in (compiled_update, plain_update):
+        torch.manual_seed(0)
+        trained, batch = loss(11, 3, hidden=(64, 64)).to("cuda", torch.float64), batches[0].clone()
+        ends.append(after_updates(make(trained, batch), batch, batches, trained))
+    check_near(*ends)
 
 
 @needs_compiler

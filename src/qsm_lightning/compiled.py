@@ -11,29 +11,38 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import takewhile
 from types import FunctionType
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn.functional_modules import _exclude_td_from_pytree
-from torch import Tensor
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._ops import OpOverload
 from torch.optim import Adam
+from torch.utils._triton import has_triton
 
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.policy import Policy
 
 log = logging.getLogger(__name__)
 
+aten = torch.ops.aten
+
+CPU = torch.device("cpu")
 Due = tuple[str, ...]  # what an update steps: terms, and targets
 
 WORTHWHILE_UPDATES = 20_000  # compiling costs as long as some 5,000 updates save
 
 
-def why_not() -> str:
-    """What this machine lacks to compile an update; empty when it lacks nothing."""
+def why_not(device: torch.device = CPU) -> str:
+    """What this machine lacks to compile an update on a device; empty when it lacks nothing."""
     if not can_trace_gradients():
         return f"torch {torch.__version__} cannot compile a whole update"
+    if device.type == "cuda" and not has_triton():
+        return "there is no Triton for this GPU"
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
@@ -43,11 +52,42 @@ def why_not() -> str:
     return ""
 
 
-def compiled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+class NoiseInOrder(CustomGraphPass):
+    """Has torch's compiler draw noise first, in the order in which it is written, as far as it depends on nothing.
+
+    Where loops are fused, and some versions of torch beforehand, it would be drawn in the order in which it is used.
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for like in graph.find_nodes(op="call_function", target=aten.randn_like.default):
+            value = like.meta["val"]
+            if value.is_contiguous():  # depends on what it is like by shape alone
+                like.target, like.args = aten.randn.default, (list(value.shape),)
+                like.kwargs = {"dtype": value.dtype, "device": value.device}
+        *_, last_input = graph.find_nodes(op="placeholder")
+        drawn = filter(_draws, graph.nodes)
+        for node in reversed(list(takewhile(lambda node: not node.all_input_nodes, drawn))):
+            last_input.append(node)
+
+    def uuid(self) -> Any:
+        """What compiled code on disk is known by."""
+        return get_hash_for_files((__file__,))
+
+
+def _draws(node: fx.Node) -> bool:
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def compiled(function: Callable[[Any], Any], device: torch.device = CPU) -> Callable[[Any], Any]:
     """``function`` of one argument, whose tensors always have the same shapes, as one graph.
 
     Networks, optimizers and whatever else it reads must stay what they are, but for the content of their tensors: of
-    torch's checks before each call those of the argument alone stay.
+    torch's checks before each call those of the argument alone stay. On a GPU what is returned is overwritten by the
+    next call (:class:`~qsm_lightning.gpu.Captured`).
+
+    Args:
+        function: what to compile.
+        device: where all its tensors are.
     """
 
     def call(batch: Any) -> Any:
@@ -55,20 +95,29 @@ def compiled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     # torch remembers what it compiled by code object, and the checks that are left out would tell two functions apart
     own = FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
-    options: dict[str, str | int | bool | Callable[..., Any]] = {
+    options: dict[str, Any] = {
         "fallback_random": True,  # torch's generator, as everywhere else: the same noise, and exact resuming
+        "post_grad_custom_pre_pass": NoiseInOrder(),
+        "reorder_for_locality": False,  # which would undo that, as would
+        "reorder_for_peak_memory": False,
         "guard_filter_fn": lambda guards: [guard.name.startswith("batch") for guard in guards],
     }
-    return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    if device.type != "cuda":
+        return torch.compile(own, fullgraph=True, dynamic=False, options=options)
+    from qsm_lightning import gpu  # which takes a second, of torch's compiler
+
+    return gpu.Captured(torch.compile(own, fullgraph=True, dynamic=False, options=options | gpu.OPTIONS))
 
 
 def compile_acting(policy: Policy) -> None:
     """Have ``policy`` compute its actions by a compiled function, or as before where that cannot be made."""
     plain = policy.act
-    fast = compiled(plain)
+    fast: Callable[[Tensor], Tensor] | None = None
 
     def act(observation: Tensor) -> Tensor:
+        nonlocal fast
         try:
+            fast = fast or compiled(plain, observation.device)  # now, as networks may be moved before they act
             return fast(observation)
         except torch._dynamo.exc.TorchDynamoException as error:
             log.warning("%s cannot be compiled (%s): it acts more slowly", type(policy).__name__, first_line(error))
@@ -138,42 +187,6 @@ class CompiledAdam:
                 step.fill_(self.before + self.done)
 
 
-class Captured:
-    """A function of batches of one shape as a CUDA graph: all its kernels are started by one call, which does not wait.
-
-    The first call is the function's own, and is followed by the capture, which computes nothing; from then on the graph
-    is replayed. What is returned is overwritten by the next call.
-
-    tensordict's ``CudaGraphModule`` does the same, but has the host wait for the device before each replay.
-
-    Args:
-        function: batch -> tensors, all on one CUDA device; nothing in it waits for the device.
-    """
-
-    def __init__(self, function: Callable[[TensorDictBase], dict[str, Tensor]]) -> None:
-        self.function = function
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        if self._graph is None:
-            return self._capture(batch)
-        self._batch.update_(batch)
-        self._graph.replay()
-        return self._out
-
-    def _capture(self, batch: TensorDictBase) -> dict[str, Tensor]:
-        aside = torch.cuda.Stream()  # as capturing asks of the calls before it
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            out = self.function(batch)
-        torch.cuda.current_stream().wait_stream(aside)
-        self._batch, graph = batch.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._out = self.function(self._batch)
-        self._graph = graph
-        return out
-
-
 class CompiledUpdate:
     """Steps the optimizers of the terms that are due, in the loss's order, then what follows, by one call.
 
@@ -217,11 +230,11 @@ class CompiledUpdate:
             if due in self._compiled:
                 out = self._compiled[due](minibatch)
             else:
-                made = compiled(partial(self._update, due))
+                made = compiled(partial(self._update, due), next(self.loss.parameters()).device)
                 with torch._dynamo.config.patch(trace_autograd_ops=True), warnings.catch_warnings():  # while it is made
                     warnings.filterwarnings("ignore", module="tensordict")  # of what it does differently then
                     out = made(minibatch)
-                self._compiled[due] = Captured(made) if minibatch.device and minibatch.device.type == "cuda" else made
+                self._compiled[due] = made
         for adam in stepped:
             adam.done += 1
         return out

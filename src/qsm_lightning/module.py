@@ -52,7 +52,7 @@ class OffPolicyModule(LightningModule):
             is evaluated; none by default.
         compile: make each update one compiled function (true), or not (false); auto does in runs of at least 20,000
             updates by one process on a CPU, where there is a C++ compiler. Acting is compiled as well, where it can be.
-            On a GPU the compiled update is replayed as a CUDA graph.
+            On a GPU both are replayed as CUDA graphs.
 
     Raises:
         SettingError: for a value out of range.
@@ -292,7 +292,7 @@ class OffPolicyModule(LightningModule):
             if trainer.world_size > 1
             else "16-mixed looks at its gradients in the middle of it"
             if trainer.scaler is not None
-            else why_not()
+            else why_not(trainer.strategy.root_device)
         )
         require(
             not reason or wanted == "auto",

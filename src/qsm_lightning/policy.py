@@ -43,10 +43,10 @@ class Policy(TensorDictModuleBase):
     @torch.no_grad()
     def checked_action(self, observation: Tensor) -> Tensor:
         """Observation [N, O] -> action [N, A], where and in what precision the observation is."""
-        action = self.act(observation.to(next(self.parameters())))
+        action = self.act(observation.to(next(self.parameters()))).to(observation)
         if not action.isfinite().all():  # before an environment meets it
             raise TrainingFault("training diverged: the policy's action is NaN or infinite")
-        return action.to(observation)
+        return action
 
 
 class DiffusionPolicy(Policy):
