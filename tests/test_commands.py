@@ -428,3 +428,28 @@ def test_a_terminal_gets_one_bar_over_all_frames(tmp_path: Path) -> None:
         assert word in bars[-1]
     assert "Epoch" not in text
     assert "final return: " in text
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["from the start", "while it trains"])
+def test_output_that_nobody_reads_any_more(training: bool, tmp_path: Path) -> None:
+    """As into ``head``: a sentence and no traceback, and a run keeps its checkpoints."""
+    long = ["--data.total_frames=10000", "--data.eval_every_frames=50", "--model.compile=false"]
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("qsm-fit"), *TINY, *(long if training else ["--print_config"])],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    while training and "return" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait(60) == 128 + signal.SIGPIPE, said
+    assert said.rstrip().endswith("qsm-fit: what it prints is no longer read")
+    assert "Traceback" not in said
+    if training:
+        last(run_folder(tmp_path))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import select
 import signal
 import sys
 import threading
@@ -31,6 +33,11 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
     logging.basicConfig(format=f"{_speaker(prog)}: %(message)s")
     try:
         command()
+        sys.stdout.flush()
+    except BrokenPipeError as stop:
+        if not _drop_unread_output():
+            raise
+        _stop(prog, stop, "what it prints is no longer read", 128 + signal.SIGPIPE)
     except SettingError as error:
         _stop(prog, error, str(error), 2)
     except EnvironmentFault as error:
@@ -56,6 +63,19 @@ def _stop(prog: str, error: BaseException, message: str, status: int) -> NoRetur
     if rank_zero_only.rank == 0 or not getattr(error, "agreed", False):  # type: ignore[attr-defined]
         print(f"{_speaker(prog)}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def _drop_unread_output() -> bool:
+    """Have what goes into pipes that nobody reads any more go nowhere; whether there are any."""
+    unread = []
+    for stream in (sys.stdout, sys.stderr):
+        ends = select.poll()
+        ends.register(stream.fileno(), 0)
+        if any(event & select.POLLERR for _, event in ends.poll(0)):
+            unread.append(stream.fileno())
+    for number in unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(unread)
 
 
 def _speaker(prog: str) -> str:
