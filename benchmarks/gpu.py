@@ -11,8 +11,9 @@ graphed     the same function as a CUDA graph: as in a run with model.compile tr
 
 against two floors: the products of matrices in an update at the rate that torch.mm reaches with large matrices in the
 same precision, and its kernels at the time that an empty one takes in a graph. Then frames per second of qsm-fit, by
-benchmarks/loop.py. All settings are compiled side by side beforehand, and measured one after the other until most of
-the time is used: what is left out is said. With --device cpu, which has no graphs, the benchmark itself can be tried.
+benchmarks/loop.py. Half as many settings as there are cores are compiled side by side, then measured one after the
+other, then the next ones, until most of the time is used: what is left out is said. With --device cpu, which has no
+graphs, the benchmark itself can be tried.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SETTINGS = [(h, b, name) for b, name, h in product([256, 8192, 2048], PRECISIONS
 CASES = ["1:1", "16:0.25", "256:0.0625"]  # of benchmarks/loop.py
 OBSERVATION = 11
 LARGE = 8192  # matrices that reach the rate
-SETTING_S = 20.0  # a setting is begun if this is left
+COMPILING_S, SETTING_S = 75.0, 10.0  # settings are begun if there is so much left for all at once, and for each
 CASE_S = 75.0  # kept for each case of the loop
 
 
@@ -59,7 +60,7 @@ def setting(text: str) -> tuple[int, int, str]:
     """Width, batch and precision from the command line."""
     hidden, batch, name = text.split("/")
     if name not in PRECISIONS:
-        raise ValueError(f"{name} is not one of {PRECISIONS}")
+        raise argparse.ArgumentTypeError(f"{name} is not one of {PRECISIONS}")
     return int(hidden), int(batch), name
 
 
@@ -106,15 +107,15 @@ def kernel_seconds(device: torch.device, count: int = 1000) -> float:
 
 
 def kernels(call: Callable[[], Any], device: torch.device) -> dict[str, dict[str, tuple[int, float]]]:
-    """The kernels that a call starts, how often, and their microseconds: products of matrices, loops, the rest."""
+    """The kernels that a call starts, how often, and microseconds: cuBLAS's products, Triton's loops, the rest."""
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         call()
         wait(device)
     found: dict[str, dict[str, tuple[int, float]]] = {"products": {}, "loops": {}, "the rest": {}}
     for event in recorded.events() or ():
         if event.device_type == DeviceType.CUDA:
-            product = any(word in event.name.lower() for word in ("gemm", "nvjet", "splitk", "cublas"))
-            kind = "loops" if event.name.startswith("triton_") else "products" if product else "the rest"
+            multiplies = any(word in event.name.lower() for word in ("gemm", "nvjet", "splitk", "cublas"))
+            kind = "loops" if event.name.startswith("triton_") else "products" if multiplies else "the rest"
             name = event.name[:60]  # of what may be several hundred letters
             count, time_us = found[kind].get(name, (0, 0.0))
             found[kind][name] = (count + 1, time_us + event.device_time_total)
@@ -139,9 +140,8 @@ def compile_setting(hidden: int, batch: int, name: str, T: int, device: torch.de
 
 
 def compile_all(settings: list[tuple[int, int, str]], T: int, device: torch.device) -> list[float]:
-    """Seconds that each setting took to compile, half as many at once as there are cores."""
-    workers = max(1, min(len(settings), len(os.sched_getaffinity(0)) // 2))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    """Seconds that each setting took to compile, all at once."""
+    with ProcessPoolExecutor(len(settings), multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(partial(compile_setting, T=T, device=device), *zip(*settings, strict=True)))
 
 
@@ -246,23 +246,26 @@ def main() -> None:
         "machine": machine(),
         "matrix_flops_per_s": rates,
         "kernel_s": kernel_seconds(device) if gpu else 0.0,
+        "compiling_s": [],
         "rows": [],
         "left_out": [],
     }
-    results["compiling_s"] = compile_all(options.settings, options.T, device)
-    print(f"{len(options.settings)} settings are compiled", file=sys.stderr)
-    for hidden, batch, name in options.settings:
-        if time.monotonic() + SETTING_S > end_of_updates:
-            results["left_out"].append([hidden, batch, name])
+    at_once = max(1, len(os.sched_getaffinity(0)) // 2)
+    for first in range(0, len(options.settings), at_once):
+        settings = options.settings[first : first + at_once]
+        if time.monotonic() + COMPILING_S + SETTING_S * len(settings) > end_of_updates:
+            results["left_out"] += settings
             continue
-        results["rows"].append(measure(hidden, batch, name, options.T, device, options.rounds))
-        gc.collect()  # its graph, before the next is captured
-        save(options.json, results)
-        print(f"({hidden}, {hidden}), batch {batch}, {name} is done", file=sys.stderr)
+        results["compiling_s"] += compile_all(settings, options.T, device)
+        for hidden, batch, name in settings:
+            results["rows"].append(measure(hidden, batch, name, options.T, device, options.rounds))
+            gc.collect()  # its graph, before the next is captured
+            save(options.json, results)
+            print(f"({hidden}, {hidden}), batch {batch}, {name} is done", file=sys.stderr)
     print(f"{described(results['machine'])}\n\nms per update: median (quartiles)\n")
     print(table(results["rows"], rates, results["kernel_s"]))
-    took = sorted(results["compiling_s"])
-    print(f"\ncompiling a setting, several at once: {took[0]:.0f} to {took[-1]:.0f} s")
+    if took := results["compiling_s"]:
+        print(f"\ncompiling a setting, several at once: {min(took):.0f} to {max(took):.0f} s")
     print("matrix rate: " + ", ".join(f"{name} {rate / 1e12:,.1f} TFLOP/s" for name, rate in rates.items()))
     if results["left_out"]:
         print("no time was left for " + ", ".join(f"{h}/{b}/{name}" for h, b, name in results["left_out"]))

@@ -16,9 +16,8 @@ from pathlib import Path
 
 from tests.helpers import has
 
-os.environ.setdefault(
-    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
-)  # whether there is a GPU is asked without using it: forks may
+# Whether there is a GPU is asked without beginning to use it, after which a fork could not.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     ["qsm_lightning.cli", "tests.processes", *(["dm_control.suite"] if has("dm_control") else [])]

@@ -19,13 +19,13 @@ from tensordict import TensorDictBase
 from torch import Tensor, fx
 
 from qsm_lightning import compiled
-from qsm_lightning.compiled import WORTHWHILE_UPDATES, compile_acting
+from qsm_lightning.compiled import CPU, WORTHWHILE_UPDATES, compile_acting
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
-from qsm_lightning.gpu import ThinProducts
 from qsm_lightning.losses import QSM, SAC, SDAC, TD3, DiffusionQL
 from qsm_lightning.losses.base import Metrics, OffPolicyLoss
 from qsm_lightning.module import OffPolicyModule
+from qsm_lightning.passes import NoiseInOrder, ThinProducts
 from tests.compare import state
 from tests.helpers import SHRINK, needs_compiler, replay_batch
 from tests.processes import fit
@@ -105,7 +105,7 @@ def test_precision_is_mixed_in_the_same_places(tmp_path: Path, monkeypatch: pyte
     """What is compiled, run as it stands, in bfloat16: also the backward pass is where the plain update has it."""
     plain, _ = run(tmp_path, False, updates=1, precision="bf16-mixed", value=None)
     monkeypatch.setattr(compiled, "compiled", lambda function, device: function)
-    monkeypatch.setattr("qsm_lightning.datamodule.compile_acting", lambda policy: None)
+    monkeypatch.setattr("qsm_lightning.datamodule.compile_acting", lambda policy, device: None)
     same, trainer = run(tmp_path, True, updates=1, precision="bf16-mixed", value=None)
     assert trainer.lightning_module._compiled is not None
     for name, value in plain.items():
@@ -170,7 +170,9 @@ def test_a_loss_that_cannot_be_compiled_trains_as_it_is(
 ) -> None:
     """Bitwise, with a warning; where compiling was asked for, it is an error instead."""
     monkeypatch.setattr("qsm_lightning.module.WORTHWHILE_UPDATES", 1)
-    monkeypatch.setattr("qsm_lightning.datamodule.compile_acting", lambda policy: None)  # that is equal to rounding
+    monkeypatch.setattr(
+        "qsm_lightning.datamodule.compile_acting", lambda policy, device: None
+    )  # that is equal to rounding
     plain, _ = run(tmp_path, False, Untraceable, value=None)
     with caplog.at_level(logging.WARNING):
         tried, trainer = run(tmp_path, "auto", Untraceable, value=None)
@@ -300,7 +302,7 @@ class Watched(ThinProducts):
 def test_thin_products_become_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers, in float64; wide products stay what they are."""
     watched = Watched()
-    monkeypatch.setattr(compiled, "NoiseInOrder", lambda: watched)
+    monkeypatch.setattr("qsm_lightning.passes.NoiseInOrder", lambda: watched)
     torch.manual_seed(0)
     bias, wide, thin = (torch.randn(size, dtype=torch.float64) for size in ((5,), (32, 40), (40, 5)))
 
@@ -320,8 +322,8 @@ def test_thin_products_become_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_updates_with_sums_in_place_of_thin_products(
     loss: Callable[..., OffPolicyLoss], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an update is compiled to on a GPU, on a CPU: equal to the plain one in float64."""
-    monkeypatch.setattr(compiled, "NoiseInOrder", ThinProducts)
+    """The sums of a GPU's updates, on a CPU: equal to the plain update in float64."""
+    monkeypatch.setattr("qsm_lightning.passes.NoiseInOrder", ThinProducts)
     batch = replay_batch(64, 11, 3).apply(lambda value: value.double() if value.is_floating_point() else value)
     ends = []
     for make in (compiled_update, plain_update):
@@ -334,6 +336,25 @@ def test_updates_with_sums_in_place_of_thin_products(
         ends.append(trained.state_dict())
     for name, value in ends[1].items():
         torch.testing.assert_close(ends[0][name], value, rtol=1e-9, atol=1e-9 * value.abs().max().item(), msg=name)
+
+
+def test_noise_comes_first_in_its_order() -> None:
+    """As far as it depends on nothing but a shape; what cannot come first ends it, and keeps its place."""
+    aten, graph = torch.ops.aten, fx.Graph()
+    batch = graph.placeholder("batch")
+    batch.meta["val"] = torch.ones(4, 4)
+    sin = graph.call_function(aten.sin.default, (batch,))
+    first = graph.call_function(aten.randn.default, ([4, 4],), {"device": CPU})
+    like = graph.call_function(aten.randn_like.default, (sin,))
+    turned = graph.call_function(aten.randn_like.default, (sin,))
+    last = graph.call_function(aten.rand.default, ([4],))
+    like.meta["val"], turned.meta["val"] = torch.ones(4, 4, dtype=torch.float64), torch.ones(4, 4).T[:2]
+    graph.output((first, like, turned, last))
+    NoiseInOrder()(graph)
+    graph.lint()
+    assert list(graph.nodes)[:6] == [batch, first, like, sin, turned, last]
+    assert (like.target, like.args) == (aten.randn.default, ([4, 4],))
+    assert like.kwargs == {"dtype": torch.float64, "device": CPU}
 
 
 @needs_compiler

@@ -11,16 +11,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import takewhile
 from types import FunctionType
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from tensordict.nn.functional_modules import _exclude_td_from_pytree
-from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._ops import OpOverload
+from torch import Tensor
 from torch.optim import Adam
 from torch.utils._triton import has_triton
 
@@ -28,8 +25,6 @@ from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.policy import Policy
 
 log = logging.getLogger(__name__)
-
-aten = torch.ops.aten
 
 CPU = torch.device("cpu")
 Due = tuple[str, ...]  # what an update steps: terms, and targets
@@ -52,32 +47,6 @@ def why_not(device: torch.device = CPU) -> str:
     return ""
 
 
-class NoiseInOrder(CustomGraphPass):
-    """Has torch's compiler draw noise first, in the order in which it is written, as far as it depends on nothing.
-
-    Where loops are fused, and some versions of torch beforehand, it would be drawn in the order in which it is used.
-    """
-
-    def __call__(self, graph: fx.Graph) -> None:
-        for like in graph.find_nodes(op="call_function", target=aten.randn_like.default):
-            value = like.meta["val"]
-            if value.is_contiguous():  # depends on what it is like by shape alone
-                like.target, like.args = aten.randn.default, (list(value.shape),)
-                like.kwargs = {"dtype": value.dtype, "device": value.device}
-        *_, last_input = graph.find_nodes(op="placeholder")
-        drawn = filter(_draws, graph.nodes)
-        for node in reversed(list(takewhile(lambda node: not node.all_input_nodes, drawn))):
-            last_input.append(node)
-
-    def uuid(self) -> Any:
-        """What compiled code on disk is known by."""
-        return get_hash_for_files((__file__,))
-
-
-def _draws(node: fx.Node) -> bool:
-    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-
-
 def compiled(function: Callable[[Any], Any], device: torch.device = CPU) -> Callable[[Any], Any]:
     """``function`` of one argument, whose tensors always have the same shapes, as one graph.
 
@@ -90,6 +59,8 @@ def compiled(function: Callable[[Any], Any], device: torch.device = CPU) -> Call
         device: where all its tensors are.
     """
 
+    from qsm_lightning import gpu, passes  # which take a second, of torch's compiler
+
     def call(batch: Any) -> Any:
         return function(batch)
 
@@ -97,27 +68,30 @@ def compiled(function: Callable[[Any], Any], device: torch.device = CPU) -> Call
     own = FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
     options: dict[str, Any] = {
         "fallback_random": True,  # torch's generator, as everywhere else: the same noise, and exact resuming
-        "post_grad_custom_pre_pass": NoiseInOrder(),
-        "reorder_for_locality": False,  # which would undo that, as would
+        "post_grad_custom_pre_pass": passes.NoiseInOrder(),
+        "reorder_for_locality": False,  # which changes the order before that sees it, as the next does afterwards
         "reorder_for_peak_memory": False,
         "guard_filter_fn": lambda guards: [guard.name.startswith("batch") for guard in guards],
     }
     if device.type != "cuda":
         return torch.compile(own, fullgraph=True, dynamic=False, options=options)
-    from qsm_lightning import gpu  # which takes a second, of torch's compiler
-
     return gpu.Captured(torch.compile(own, fullgraph=True, dynamic=False, options=options | gpu.OPTIONS))
 
 
-def compile_acting(policy: Policy) -> None:
-    """Have ``policy`` compute its actions by a compiled function, or as before where that cannot be made."""
+def compile_acting(policy: Policy, device: torch.device = CPU) -> None:
+    """Have ``policy`` compute its actions by a compiled function, or as before where that cannot be made.
+
+    Args:
+        policy: what acts.
+        device: where it will act; anywhere else, as before its networks are moved there, it acts as before.
+    """
     plain = policy.act
-    fast: Callable[[Tensor], Tensor] | None = None
+    fast = compiled(plain, device)
 
     def act(observation: Tensor) -> Tensor:
-        nonlocal fast
+        if observation.device != device:
+            return plain(observation)
         try:
-            fast = fast or compiled(plain, observation.device)  # now, as networks may be moved before they act
             return fast(observation)
         except torch._dynamo.exc.TorchDynamoException as error:
             log.warning("%s cannot be compiled (%s): it acts more slowly", type(policy).__name__, first_line(error))

@@ -383,8 +383,9 @@ class OffPolicyDataModule(LightningDataModule):
             self.env = self._build(self.num_envs)
         self.env.set_seed(self._seed(Purpose.TRAIN_ENV))
         policy = self._loss.exploration_policy()
-        if isinstance(policy, Policy) and self._module.compiles(self.trainer, self):
-            compile_acting(policy)
+        trainer = cast(Trainer, self.trainer)
+        if isinstance(policy, Policy) and self._module.compiles(trainer, self):
+            compile_acting(policy, trainer.strategy.root_device)
         collector = make_collector(self.env, policy, self.frames_per_batch, self.ranks.share(self.warm_up))
         collector._frames = self.progress.frames // self.ranks.count
         self.collector, self._chunks, self._env_new = collector, iter(collector), False
