@@ -36,13 +36,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import described, machine
 from benchmarks.report import markdown, quartiles, save, told
-from benchmarks.update import ACTION, Products, optimizers, plain_update, replay_batch
+from benchmarks.update import ACTION, Products, compiled_update, optimizers, plain_update, replay_batch
 from qsm_lightning.compiled import CompiledUpdate
 from qsm_lightning.gpu import Captured
 from qsm_lightning.losses import QSM
@@ -122,19 +121,13 @@ def kernels(call: Callable[[], Any], device: torch.device) -> dict[str, dict[str
     return found
 
 
-def built(hidden: int, batch: int, T: int, device: torch.device) -> tuple[QSM, TensorDict, CompiledUpdate]:
-    """A loss, frames, and its compiled update, of which nothing is compiled yet."""
-    loss, frames = QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T), replay_batch(batch, OBSERVATION)
-    loss = loss.to(device)
-    return loss, frames.to(device), CompiledUpdate(loss, optimizers(loss), lambda due: loss.update_targets())
-
-
 def compile_setting(hidden: int, batch: int, name: str, T: int, device: torch.device) -> float:
     """In a process of its own: leave the code of a setting on disk; returns the seconds it took."""
-    _, frames, update = built(hidden, batch, T, device)
+    loss = QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T).to(device)
+    update = compiled_update(loss, replay_batch(batch, OBSERVATION).to(device))
     start = time.perf_counter()
     with precision(name, device):
-        update(frames)
+        update()
     wait(device)
     return time.perf_counter() - start
 
@@ -147,12 +140,14 @@ def compile_all(settings: list[tuple[int, int, str]], T: int, device: torch.devi
 
 def measure(hidden: int, batch: int, name: str, T: int, device: torch.device, rounds: int) -> dict[str, Any]:
     """One setting: milliseconds an update takes in each way, and what is in it."""
+    frames = replay_batch(batch, OBSERVATION)
     with Products() as products:
-        plain_update(QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T), replay_batch(batch, OBSERVATION))()
-    plain, frames, _ = built(hidden, batch, T, device)
-    _, _, fast = built(hidden, batch, T, device)
+        plain_update(QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T), frames)()
+    frames = frames.to(device)
+    losses = [QSM(OBSERVATION, ACTION, hidden=(hidden, hidden), T=T).to(device) for _ in range(2)]
+    fast = CompiledUpdate(losses[1], optimizers(losses[1]), lambda due: losses[1].update_targets())
     with precision(name, device):
-        ways: dict[str, Callable[[], Any]] = {"eager": plain_update(plain, frames)}
+        ways: dict[str, Callable[[], Any]] = {"eager": plain_update(losses[0], frames)}
         start = time.perf_counter()
         for _ in range(3):
             fast(frames)

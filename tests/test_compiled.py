@@ -170,9 +170,8 @@ def test_a_loss_that_cannot_be_compiled_trains_as_it_is(
 ) -> None:
     """Bitwise, with a warning; where compiling was asked for, it is an error instead."""
     monkeypatch.setattr("qsm_lightning.module.WORTHWHILE_UPDATES", 1)
-    monkeypatch.setattr(
-        "qsm_lightning.datamodule.compile_acting", lambda policy, device: None
-    )  # that is equal to rounding
+    # compiled actions are equal to rounding
+    monkeypatch.setattr("qsm_lightning.datamodule.compile_acting", lambda policy, device: None)
     plain, _ = run(tmp_path, False, Untraceable, value=None)
     with caplog.at_level(logging.WARNING):
         tried, trainer = run(tmp_path, "auto", Untraceable, value=None)
