@@ -319,6 +319,23 @@ def test_the_example_acts_without_torch_and_this_package(
     assert float(result.stdout.removeprefix("return: ")) == pytest.approx(total, rel=1e-4, abs=0.01)
 
 
+def test_the_example_acts_from_a_run(run: Path) -> None:
+    """A real process; its return is that of the policy in our environment."""
+    example = ROOT / "examples" / "act_with_torch.py"
+    result = subprocess.run([sys.executable, example, run, "7"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    module, env = load(str(run)).module, make_gym("Pendulum-v1")
+    policy = module.loss.evaluation_policy()
+    torch.manual_seed(7)
+    observation, total, done = env.reset(seed=7)[0], 0.0, False
+    with module.averaged_weights(), torch.no_grad():
+        while not done:
+            action = policy.act(torch.from_numpy(observation)[None])
+            observation, reward, terminated, truncated, _ = env.step(action[0].numpy())
+            total, done = total + float(reward), terminated or truncated
+    assert float(result.stdout.removeprefix("return: ")) == pytest.approx(total, rel=1e-4, abs=0.01)
+
+
 def test_a_torch_export_file_acts_by_torch_alone(run: Path, tmp_path: Path) -> None:
     """In a process without this package: metadata, positional inputs, and the same actions."""
     file = tmp_path / "policy.pt2"

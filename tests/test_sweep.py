@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from qsm_lightning import launching
 from qsm_lightning.commands import sweep
 from qsm_lightning.commands.sweep import plan, seeds_of, variants_of
 from qsm_lightning.errors import SettingError, TrainingFault
@@ -150,6 +152,32 @@ def test_runs_of_a_sweep_that_is_killed_save_and_end(tmp_path: Path) -> None:
         assert time.monotonic() < end, log.read_text()
         time.sleep(0.1)
     assert len(list((tmp_path / "all/seed=0/version_0/checkpoints").glob("0*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "names"),
+    [(None, 2, ["0", "1"]), ("3,5,7", 3, ["3", "5", "7"]), ("3,9", 1, ["3"]), ("", 0, []), (None, 0, [])],
+)
+def test_the_gpus_there_are(visible: str | None, count: int, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launching.gpus() == names
+
+
+def test_gpus_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs side by side have a GPU each, in turn; a run that chooses its devices sees all."""
+    jobs, _ = plan([*TINY, "--variant=one=", "--variant=own=--trainer.devices 1", "--seeds=0-1", f"--out={tmp_path}"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    says = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+    monkeypatch.setattr(sweep, "command", lambda _: says)
+    sweep.Sweep(jobs, 2).run()
+    seen = {job.label: job.log.read_text().strip() for job in jobs}
+    assert sorted(seen.pop(f"one/seed={seed}") for seed in (0, 1)) == ["3", "5"]
+    assert set(seen.values()) == {"3,5"}
 
 
 def test_a_run_that_cannot_begin_is_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

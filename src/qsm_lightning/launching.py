@@ -99,6 +99,13 @@ def _several(given: dict[str, Any], accelerator: Any) -> bool:
     return len(devices) > 1 if isinstance(devices, list) else int(devices) > 1
 
 
+def gpus() -> list[str]:
+    """The GPUs that this process sees, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    count = torch.cuda.device_count()
+    return named[:count] or [str(index) for index in range(count)]
+
+
 def take_over_children(trainer: Trainer) -> list[subprocess.Popen[Any]]:
     """The processes that this one has started. From now on, Lightning does not look after them.
 

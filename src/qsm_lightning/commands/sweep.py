@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from rich.console import Console
@@ -83,12 +85,13 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Job:
-    """One run: where it is, how it is started, and how far it is."""
+    """One run: where it is, how it is started, whether it has one GPU or chooses devices itself, and how far it is."""
 
     label: str
     folder: Path
     options: list[str]
     total_frames: int
+    one_gpu: bool = True
     state: str = "waiting"
     frames: int = 0
     value: str = ""
@@ -234,7 +237,8 @@ def plan(args: list[str] | None = None) -> tuple[list[Job], int]:
             label = "/".join(filter(None, (name, f"seed={seed}")))
             each = [*given, f"--name={label}", f"--seed_everything={seed}"]
             durable.check_writable(out / label / "log.txt", "--out")
-            job = Job(label, out / label, each, built.datamodule.total_frames)
+            one_gpu = built.config["trainer"]["devices"] == "auto"
+            job = Job(label, out / label, each, built.datamodule.total_frames, one_gpu)
             job.go_on(built.identity() | {"seed_everything": seed}, built.datamodule)
             jobs[seed].append(job)
     return [job for of_a_seed in jobs.values() for job in of_a_seed], options.jobs
@@ -253,6 +257,8 @@ def command(job: Job) -> list[str]:
 class Sweep:
     """Jobs, ``at_once`` of them at a time, each a process; an interruption is passed on to all, which save.
 
+    Where there are GPUs, each job has one of them, in turn, unless its ``trainer.devices`` says otherwise.
+
     Args:
         jobs: in the order in which they are begun.
         at_once: how many are run at a time.
@@ -262,6 +268,9 @@ class Sweep:
         self.jobs = jobs
         self.at_once = at_once
         self.signum: int | None = None
+        self.gpus: SimpleQueue[dict[str, str]] = SimpleQueue()
+        for _, gpu in zip(range(at_once), itertools.cycle(launching.gpus())):
+            self.gpus.put({"CUDA_VISIBLE_DEVICES": gpu})
 
     def run(self) -> None:
         """Run all.
@@ -293,11 +302,27 @@ class Sweep:
             if job.process is not None and job.process.poll() is None:
                 job.process.send_signal(signal.SIGTERM)
 
+    @contextmanager
+    def _gpu(self, job: Job) -> Iterator[dict[str, str]]:
+        """The variable by which a job sees one GPU, no other job's while there are enough."""
+        if not job.one_gpu or self.gpus.empty():
+            yield {}
+            return
+        gpu = self.gpus.get()
+        try:
+            yield gpu
+        finally:
+            self.gpus.put(gpu)
+
     def _train(self, job: Job) -> None:
         if self.signum is not None or job.state == "complete":
             return
+        with self._gpu(job) as gpu:
+            self._run(job, gpu)
+
+    def _run(self, job: Job, gpu: dict[str, str]) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // self.at_once))
-        env = {"OMP_NUM_THREADS": threads, **os.environ, launching.SWEEP: "1"}
+        env = {"OMP_NUM_THREADS": threads, **os.environ, **gpu, launching.SWEEP: "1"}
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
             with job.log.open("a") as log:

@@ -46,7 +46,7 @@ class Trained:
         """The checkpoint's folder, or file."""
         return str(self.path.parent if self.path.name == checkpoints.STATE else self.path)
 
-    def policy(self, selector: str, candidates: int) -> TensorDictModuleBase:
+    def policy(self, selector: str = "sample", candidates: int = 32) -> TensorDictModuleBase:
         """The policy without exploration noise, with the options of :func:`add_selector`.
 
         Raises:
