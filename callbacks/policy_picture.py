@@ -61,10 +61,12 @@ class PolicyPicture(Callback):
         if not hasattr(loss, "q_gradient"):
             return
         data = datamodule_of(trainer)
+        frames: Any = data.buffer if len(data.buffer) else data.experience.offline
+        if self._observations is None and frames is None:  # a run that goes on without its buffer
+            return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 if self._observations is None:
-                    frames: Any = data.buffer if len(data.buffer) else data.experience.offline
                     rows = torch.linspace(0, len(frames) - 1, self.states).long()
                     self._observations = frames[rows]["observation"].clone()
                 with pl_module.averaged_weights():  # type: ignore[operator]

@@ -24,7 +24,7 @@ class EvaluationVideo(Callback):
 
     Args:
         every_evaluations: evaluations between two episodes.
-        max_frames: longest episode that is rendered.
+        max_frames: frames of the episode after which none is rendered any more.
         seed: seed of the episode's start and noise.
 
     Raises:

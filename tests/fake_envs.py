@@ -189,6 +189,12 @@ class Matrix(Bandit):
     action_space = gym.spaces.Box(-1, 1, (2, 3), np.float32)
 
 
+class Words(Bandit):
+    """Observations of any length."""
+
+    observation_space = gym.spaces.Sequence(gym.spaces.Box(-1, 1, (2,), np.float32))  # type: ignore[assignment]
+
+
 for name in (
     "Bandit",
     "Start",
@@ -201,6 +207,7 @@ for name in (
     "Parts",
     "Unbounded",
     "Matrix",
+    "Words",
 ):
     gym.register(f"{name}-v0", entry_point=f"{__name__}:{name}")
 for what in ("observation", "reward"):

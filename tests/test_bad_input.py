@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from qsm_lightning.errors import SettingError
+from qsm_lightning.losses import DACER
+from qsm_lightning.messages import shipped_config
+from qsm_lightning.module import OffPolicyModule
 from tests.conftest import Command
 from tests.helpers import SHRINK
 
@@ -30,6 +35,10 @@ CASES = {
         [*PENDULUM, "--model.loss", "td3", "--model.loss.m_q", "3"],
         "m_q is a setting of qsm, .* leave it out",
     ),
+    "what an algorithm sets itself": (
+        [*PENDULUM, "--model.loss", "cqsm_diffusion", "--model.loss.m_q", "3"],
+        "m_q is a setting of qsm, not of what",
+    ),
     "unknown key in file": (["--config", "unknown.yaml"], "data.envv .* did you mean data.env"),
     "unknown loss key in file": (["--config", "nested.yaml"], "model.loss.m_z .* did you mean model.loss.m_q"),
     "unknown word": ([*PENDULUM, "hopper"], "hopper is not a setting"),
@@ -37,7 +46,9 @@ CASES = {
     "wrong choice": ([*PENDULUM, "--data.storage", "disk"], "data.storage is 'disk'.*memory.*memmap"),
     "wrong loss type": ([*PENDULUM, "--model.loss.hidden", "256"], r"model.loss.hidden is '256'.*list such as \[256"),
     "unknown loss": ([*PENDULUM, "--model.loss", "SACK"], "model.loss.*QSM"),
-    "negative seed": ([*PENDULUM, "--seed_everything", "-3"], "seed_everything is '-3'"),
+    "negative seed": ([*PENDULUM, "--seed_everything", "-3"], "seed_everything is -3: it must be from 0 to 4294967295"),
+    "large seed": ([*PENDULUM, "--seed_everything", "4294967296"], "seed_everything is 4294967296: it must be from 0"),
+    "no seed": ([*PENDULUM, "--seed_everything", "true"], "seed_everything is 'True': it must be int"),
     "zero envs": ([*PENDULUM, "--data.num_envs", "0"], "data.num_envs is 0"),
     "negative frames": ([*PENDULUM, "--data.total_frames", "-1"], "data.total_frames is -1"),
     "zero width": ([*PENDULUM, "--model.loss.hidden", "[64,0]"], "model.loss.hidden"),
@@ -81,6 +92,20 @@ CASES = {
         "data.batch_size is 255.*over all 2 processes.*such as 256",
     ),
     "no devices": ([*PENDULUM, "--trainer.devices", "0"], "devices"),
+    "unknown devices": ([*PENDULUM, "--trainer.devices", "foo"], "trainer.devices is 'foo': give a number"),
+    "listed devices": (
+        [*PENDULUM, "--trainer.accelerator=cpu", "--trainer.devices=[0,0]"],
+        "trainer: `devices` .* int",
+    ),
+    "a long name": ([*PENDULUM, *SHRINK, "--name", "a" * 300], "the run's folder .* a name in it is too long"),
+    "a file for a folder": (
+        [*PENDULUM, *SHRINK, "--trainer.default_root_dir=.", "--name=file"],
+        "the run's folder .*file cannot be written",
+    ),
+    "mapped files nowhere": (
+        [*PENDULUM, *SHRINK, "--data.storage=memmap", "--data.storage_dir=file"],
+        "data.storage_dir is 'file': file cannot be written",
+    ),
     "unknown precision": ([*PENDULUM, "--trainer.precision", "8"], "trainer.precision is '8'.*'bf16-mixed'"),
     "half precision": ([*PENDULUM, "--trainer.precision", "16-true"], "trainer.precision is '16-true': choose 32-true"),
     "zero clipping": ([*PENDULUM, "--trainer.gradient_clip_val", "0"], "trainer.gradient_clip_val is 0: .* or null"),
@@ -128,6 +153,19 @@ def test_the_whole_configuration_is_printed_wherever_that_is_asked_for(quick_com
     assert first == last
     assert "class_path: qsm_lightning.losses.SAC" in first
     assert "actor_lr: 0.001" in first
+
+
+def test_a_configuration_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied")))
+    (tmp_path / "own.yaml").touch()
+    with pytest.raises(SettingError, match="--config is .*own.yaml', which cannot be read .*Permission denied"):
+        shipped_config(str(tmp_path / "own.yaml"))
+
+
+def test_a_package_of_an_algorithm_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qsm_lightning.errors.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingError, match="^model.loss.dacer: sklearn is not installed"):
+        OffPolicyModule(3, 1, DACER)
 
 
 def test_what_lightning_refuses_at_the_start_of_training(command: Command) -> None:

@@ -249,6 +249,15 @@ def test_the_picture_is_written_to_tensorboard_with_frames_as_the_step(tmp_path:
     assert cb.PolicyPicture(0).on_validation_end(trainer, Mock(loss=loss)) is None
 
 
+def test_no_picture_is_drawn_before_there_are_states(tmp_path: Path) -> None:
+    """As where a run goes on with an evaluation, and its checkpoint had no buffer."""
+    trainer = stand_in(500, buffer=[], experience=Mock(offline=None))
+    trainer.loggers = [TensorBoardLogger(str(tmp_path))]
+    callback = cb.PolicyPicture()
+    callback.on_validation_end(trainer, Mock(loss=SMALL(3, 1)))
+    assert callback.state_dict() == {"count": 1, "observations": None}
+
+
 def test_a_strip_shows_frames_in_order() -> None:
     frames = np.arange(100, dtype=np.uint8)[:, None, None, None] * np.ones((1, 320, 240, 3), np.uint8)
     strip = picture_strip(frames, count=5, height=160)
@@ -291,6 +300,11 @@ def test_an_episode_is_recorded(name: str) -> None:
     again, same_return = record_episode(name, loss.evaluation_policy(), 1, 2, max_frames=12, every=4)
     assert np.array_equal(frames, again)
     assert episode_return == same_return
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        env.set_seed(1)
+        whole = env.rollout(1000, loss.evaluation_policy())["next", "reward"].sum().item()
+    assert episode_return == pytest.approx(whole, rel=1e-5), "of the whole episode, not of the part that is shown"
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("no GL context"), None])
@@ -301,9 +315,10 @@ def test_rendering_that_fails_is_said_before_training(fault: Exception | None, m
         cb.EvaluationVideo().setup(stand_in(env_name="Hopper-v5"), Mock(), "fit")
 
 
-def test_envpool_is_not_rendered() -> None:
-    with pytest.raises(SettingError, match="cannot be rendered"):
-        make_render_env("envpool:Hopper-v5")
+@pytest.mark.parametrize("name", ["envpool:Hopper-v5", "qsm_lightning/TwoGoals-v0"])
+def test_what_is_not_rendered(name: str) -> None:
+    with pytest.raises(SettingError, match=f"^{name} cannot be rendered"):
+        make_render_env(name)
 
 
 @pytest.mark.parametrize(

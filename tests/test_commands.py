@@ -362,6 +362,20 @@ def test_trainer_flags_that_change_what_is_written(extra: list[str], quick_comma
     assert "final return: " in result.stdout
 
 
+def test_a_run_without_a_folder_of_its_own_does_not_touch_anothers(quick_command: Command, tmp_path: Path) -> None:
+    """Without loggers checkpoints lie in the root itself."""
+    settings = [*TINY, "--trainer.logger=false"]
+    assert quick_command("qsm-fit", *settings).returncode == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert any("checkpoints" in str(path) for path in before)
+    result = quick_command("qsm-fit", *settings, "--seed_everything=3", "--data.total_frames=50")
+    assert result.returncode == 2
+    assert "those of another run do already; choose another" in result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    longer = quick_command("qsm-fit", *settings, "--ckpt_path=runs/checkpoints/000000060", "--data.total_frames=70")
+    assert longer.returncode == 0, longer.stderr
+
+
 def test_two_processes_by_a_trainer_flag(command: Command) -> None:
     result = command("qsm-fit", *TINY, "--trainer.accelerator=cpu", "--trainer.devices=2")
     assert result.returncode == 0, result.stderr

@@ -225,6 +225,8 @@ def test_names_are_read_wherever_they_are_used() -> None:
     check_env(name, "a checkpoint")
     with pytest.raises(SettingError, match="imports the module 'my'"):
         check_env("continuous:my:Id-v0?jitter=0.1", "a checkpoint")
+    with pytest.raises(SettingError, match="imports the module 'this.a"):
+        check_env("this.a?b:Id-v0", "a checkpoint")
     moving = moving_action(make_env("continuous:Pendulum-v1?max_speed=3"))
     assert moving is not None
     assert moving.time.max_speed == 3

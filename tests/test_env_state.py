@@ -119,7 +119,10 @@ def test_envpool_gives_no_state() -> None:
         env_states(make_env("envpool:Pendulum-v1", 2))
 
 
-def test_processes_give_no_state() -> None:
-    env = make_env("Pendulum-v1", 1, processes=True)
+@pytest.mark.parametrize("name", ["Pendulum-v1", pytest.param("dmc:cartpole/swingup", marks=needs_dmc)])
+def test_processes_give_and_take_no_state(name: str) -> None:
+    env = make_env(name, 1, processes=True)
     with pytest.raises(NoStateError, match="another process or library"):
         env_states(env)
+    with pytest.raises(NoStateError, match="another process or library"):
+        load_env_states(env, env_states(make_env(name)))

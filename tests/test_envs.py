@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torchrl._utils import seed_generator
 
 from qsm_lightning.envs import ENVPOOL_EXTRA_KEYS, make_env, make_gym
 from qsm_lightning.errors import SettingError
@@ -122,6 +123,21 @@ def test_envpools_dm_control_tasks_have_dm_controls_observation(task: str) -> No
 
 
 @needs_envpool
+@pytest.mark.parametrize("seed", [3, 2**32 - 2])
+def test_envpools_copies_are_seeded_as_others_are(seed: int) -> None:
+    """Whatever number they are: each as if it were alone, with the seed that comes after the one before."""
+    several = make_env("envpool:Hopper-v5", 3)
+    several.set_seed(seed)
+    together = several.reset()["observation"]
+    for copy in together:
+        alone = make_env("envpool:Hopper-v5", 1)
+        alone.set_seed(seed)
+        assert torch.equal(alone.reset()["observation"][0], copy)
+        seed = seed_generator(seed)
+    assert len(together.unique(dim=0)) == 3
+
+
+@needs_envpool
 def test_envpool_starts_a_new_episode_after_the_final_observation() -> None:
     env = make_env("envpool:Hopper-v5", 2)
     env.set_seed(0)
@@ -142,6 +158,7 @@ def test_envpool_starts_a_new_episode_after_the_final_observation() -> None:
         ("CartPole-v1", ["data.env", "Discrete(2)", "continuous"]),
         ("tests.fake_envs:Unbounded-v0", ["data.env", "unbounded", "ClipAction"]),
         ("nowhere.at.all:Some-v0", ["data.env", "nowhere"]),
+        ("tests.fake_envs:Words-v0", ["data.env", "Sequence", "not a vector of set length"]),
         pytest.param("dmc:walker/wlk", ["dmc:walker/wlk", "did you mean dmc:walker/walk?"], marks=needs_dmc),
         pytest.param("dmc:zzz", ["dmc:zzz", "dmc:domain/task"], marks=needs_dmc),
         pytest.param("envpool:Hoper-v5", ["did you mean envpool:Hopper-v5?"], marks=needs_envpool),

@@ -314,7 +314,8 @@ def test_an_extra_that_is_not_installed_is_named(
     monkeypatch.chdir(tmp_path)
     Path("data.h5").touch()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SettingError, match=rf"{package} is not installed; pip install 'qsm-lightning\[offline\]'"):
+    words = rf"^data.dataset is of its kind: {package} is not installed; pip install 'qsm-lightning\[offline\]'"
+    with pytest.raises(SettingError, match=words):
         datasets.load(source, 2, 1)
 
 

@@ -47,14 +47,15 @@ def test_memory(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_memory_of_a_gpu(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "available_memory", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
-    device, on_gpu = torch.device("cuda:1"), data(storage="device")
+    device = torch.device("cuda:1")
+    on_gpu = data(storage="device", buffer_size=1000, total_frames=400)  # all of it is taken at once
     if free < 1000 * MEMORY:
         with pytest.raises(SettingError, match="41 KiB of the memory of cuda:1, .*set data.storage to memory"):
             resources.report(on_gpu, tmp_path, False, device=device)
     else:
         line = resources.report(on_gpu, tmp_path, False, device=device)
         assert line == "replay buffer: 1000 frames, 41 KiB on cuda:1"
-        line = resources.report(data(storage="device", total_frames=4000), tmp_path, False, 1, 4, device)
+        line = resources.report(data(storage="device", buffer_size=4000), tmp_path, False, 1, 4, device)
         assert line == "replay buffer: 1000 frames on each device, 41 KiB on cuda:1"
     with pytest.raises(SettingError, match="41 KiB of memory, .*set data.storage to memmap"):
         resources.report(data(), tmp_path, False, device=device)

@@ -368,6 +368,16 @@ def test_settings_that_make_a_run_what_it_is_are_refused_all_at_once(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+def test_a_curve_stays_that_of_one_selector(run: Path, tmp_path: Path) -> None:
+    fit(tmp_path, "--resume", run, "--data.total_frames=65", "--data.eval_selector=both", "--data.eval_candidates=3")
+    best = ["--data.eval_selector=best_of_n", "--data.eval_candidates=4"]
+    sentence = refused(tmp_path, "--resume", run, "--data.total_frames=70", *best)
+    assert differences(sentence) == {
+        "data.eval_selector": "'sample' there, 'best_of_n' here",
+        "data.eval_candidates": "3 there, 4 here",
+    }
+
+
 def test_another_environment_is_refused(run: Path, tmp_path: Path) -> None:
     sentence = refused(tmp_path, "--resume", run, "--data.env=MountainCarContinuous-v0", "--data.total_frames=65")
     assert differences(sentence)["data.env"] == "'Pendulum-v1' there, 'MountainCarContinuous-v0' here"

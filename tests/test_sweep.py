@@ -67,6 +67,7 @@ def test_the_plan_has_each_seed_of_all_before_the_next(tmp_path: Path) -> None:
         (["--seeds=0,0"], "--seeds.*twice"),
         (["--seeds=0-999999999"], "--seeds.*at most"),
         (["--seeds=a"], "--seeds is 'a'"),
+        (["--seeds=5000000000"], "--seeds is 5000000000: it must be from 0 to 4294967295"),
         (["--jobs=0"], "--jobs is 0"),
         (["--vary=model.loss"], "--vary is 'model.loss': write KEY=A,B"),
         (["--vary=model.loss=sac,sac"], "two variants have the name 'loss=sac'"),
@@ -216,4 +217,21 @@ def test_settings_reach_every_run(tmp_path: Path) -> None:
     )
     (job,), _ = again
     assert job.state == "complete"
-    assert sweep.command(job)[3] == f"--resume={run}"
+    assert f"--ckpt_path={run}/checkpoints/000000060" in sweep.command(job)
+
+
+def test_a_run_goes_on_with_what_its_configuration_now_says(tmp_path: Path) -> None:
+    """First it is stopped early by a limit of its own, which is no failure; then it is to be longer."""
+    config = tmp_path / "mine.yaml"
+    args = ["--config=mine.yaml", *TINY[1:], "--data.env=Pendulum-v1", "--out=all", "--checkpoint.every_frames=10"]
+    args = [arg for arg in args if "total_frames" not in arg]
+    config.write_text("data: {total_frames: 90}")
+    first = Run(tmp_path, *args, "--trainer.max_epochs=1", name="qsm-sweep")
+    assert first.wait(240) == 0, first.text
+    assert "seed=0: stopped early 60/90" in first.text
+    assert "the same command, with a greater limit, goes on" in first.text
+    config.write_text("data: {total_frames: 120}")
+    second = Run(tmp_path, *args, name="qsm-sweep")
+    assert second.wait(240) == 0, second.text
+    assert "seed=0: complete 120/120" in second.text
+    assert len(list((tmp_path / "all/seed=0").glob("version_*"))) == 1

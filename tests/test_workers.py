@@ -271,7 +271,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
 
 
 def test_a_missing_ray_is_named_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SettingError, match=r"pip install 'qsm-lightning\[ray\]'"):
         OffPolicyDataModule("tests.fake_envs:Clock-v0", collector="ray")
 

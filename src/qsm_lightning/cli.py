@@ -13,7 +13,6 @@ from typing import Any
 import docstring_parser
 import torch
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter
-from jsonargparse.typing import NonNegativeInt
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -31,6 +30,7 @@ from qsm_lightning.losses import ALGORITHMS, QSM
 from qsm_lightning.messages import ParserErrors, loss_settings, shipped_config
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.precision import check_precision
+from qsm_lightning.seeding import check_seed
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +97,9 @@ class FitCLI(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--seed_everything",
-            type=bool | NonNegativeInt,
+            type=int,
             default=self.seed_everything_default,
-            help="Seed of envs, buffer sampler, networks and noise; true draws one.",
+            help="Seed of envs, buffer sampler, networks and noise.",
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -131,6 +131,10 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(cb.PolicyPicture, "picture")
         parser.set_defaults({"model.loss": {"class_path": "qsm_lightning.losses.QSM"}})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        check_seed(self.config["seed_everything"], "seed_everything")
+
     def before_instantiate_classes(self) -> None:
         """Find and verify the checkpoint to go on from."""
         self.checkpoint: Checkpoint | None = None
@@ -141,10 +145,12 @@ class FitCLI(LightningCLI):
         if chosen := _chosen():
             self.checkpoint = Checkpoint(Path(chosen))
             return
-        siblings = self._root / (self.config["name"] or run_name(self.config["data"]["env"]))
+        siblings = self._root / self._name
         place = (ckpt_path, self.run_folder, siblings)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            self.held = runs.lock(resume.wanted(*place).run)  # before looking which is its newest
+            run = resume.wanted(*place).run
+            self._check_folder(run)
+            self.held = runs.lock(run)  # before looking which is its newest
         self.checkpoint, passed_over = resume.whole(resume.wanted(*place))
         for sentence in passed_over if rank_zero_only.rank == 0 else []:  # type: ignore[attr-defined]
             log.warning(sentence)
@@ -157,10 +163,19 @@ class FitCLI(LightningCLI):
     def _root(self) -> Path:
         return Path(self.config["trainer"]["default_root_dir"] or "runs")
 
+    @property
+    def _name(self) -> str:
+        return self.config["name"] or run_name(self.config["data"]["env"])
+
+    def _check_folder(self, run: Path) -> None:
+        durable.check_folder(run, "the run's folder, by trainer.default_root_dir and name,")
+        if self.config["data"]["storage"] == "memmap" and self.config["data"]["storage_dir"]:
+            durable.check_folder(Path(self.config["data"]["storage_dir"]), "data.storage_dir")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer of the configuration, logging to <default_root_dir>/<name>/<version>."""
         settings = self.config_init["trainer"]
-        runs.check_writable(self.checkpoint.run if self.checkpoint else self._root)
+        self._check_folder(self.checkpoint.run if self.checkpoint else self._root / self._name)
         require(
             settings["check_val_every_n_epoch"] == 1 and settings["val_check_interval"] is None,
             "trainer.check_val_every_n_epoch and trainer.val_check_interval are not used: data.eval_every_frames "
@@ -174,8 +189,7 @@ class FitCLI(LightningCLI):
         self.model.set_gradient_clipping(settings["gradient_clip_val"], settings["gradient_clip_algorithm"])
         kwargs |= {"gradient_clip_val": None, "gradient_clip_algorithm": None}  # refused in manual optimization
         if settings["logger"] in (None, True):
-            name = self.config["name"] or run_name(self.config["data"]["env"])
-            kwargs["logger"] = run_loggers(self.checkpoint.run if self.checkpoint else None, self._root, name)
+            kwargs["logger"] = run_loggers(self.checkpoint.run if self.checkpoint else None, self._root, self._name)
         kwargs |= launching.trainer_settings(settings)
         own: list[Callback] = [cb.StopOnNonFinite(), cb.StopOnSignal()]
         if settings["enable_progress_bar"] is not False:
@@ -184,7 +198,10 @@ class FitCLI(LightningCLI):
         kwargs["callbacks"] = own + (given if isinstance(given, list) else [given])
         if settings["enable_checkpointing"] is False:
             del self.parser.callback_keys[self.parser.callback_keys.index("checkpoint")]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            raise SettingError(f"trainer: {one_line(error)}") from error
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -331,6 +348,11 @@ def _fit(args: list[str] | None) -> None:
         size = resources.report(cli.datamodule, run, writer is not None, *there)
     if trainer.is_global_zero:
         held = cli.held or runs.lock(run)
+        require(
+            checkpoint is not None or not checkpoints.complete(run / runs.CHECKPOINTS),
+            f"trainer.default_root_dir is {str(run)!r}: without a logger that has a folder, checkpoints lie there, and "
+            "those of another run do already; choose another",
+        )
         if checkpoint is not None and progress is not None:
             checkpoints.set_aside_after(checkpoint)  # first: with newer ones there, the curves must reach them
             runs.cut_curves(run, progress["frames"], progress["evaluated"] == progress["frames"])

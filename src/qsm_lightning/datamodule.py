@@ -33,6 +33,7 @@ from qsm_lightning.errors import (
     TrainingFault,
     require,
     require_not_negative,
+    require_package,
     require_positive,
 )
 from qsm_lightning.evaluation import run_episodes
@@ -46,7 +47,7 @@ from qsm_lightning.replay import FrameBuffer, Storage
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
 from qsm_lightning.stopping import Stopping
 from qsm_lightning.watch import Watch
-from qsm_lightning.workers import Workers, require_ray
+from qsm_lightning.workers import Workers
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -212,7 +213,7 @@ class OffPolicyDataModule(LightningDataModule):
             f"data.env_processes is true: with data.collector {collector!r} workers have the environments; drop it",
         )
         if collector == "ray":
-            require_ray()
+            require_package("ray", "ray", "data.collector is 'ray'")
         self.save_hyperparameters()
         self.hparams.pop("_instantiator", None)
         self.env_name = env

@@ -185,11 +185,11 @@ def _file(path: Path) -> Arrays:
     )
     require(path.is_file(), f"data.dataset is {str(path)!r}: there is no such file")
     names = (*NEEDED, *OPTIONAL)
+    h5py = None if path.suffix == ".npz" else _package("h5py")
     try:
-        if path.suffix == ".npz":
+        if h5py is None:
             with np.load(path) as file:  # arrays alone: pickled objects are refused
                 return {name: file[name] for name in names if name in file}
-        h5py = _package("h5py")
         with h5py.File(path) as file:
             return {name: file[name][()] for name in names if name in file}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:

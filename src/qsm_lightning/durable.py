@@ -29,13 +29,28 @@ def record_of(content: bytes) -> Record:
 
 def check_writable(path: Path, setting: str) -> None:
     """Raise a :class:`SettingError` that names ``setting`` unless ``path`` can become a file here."""
-    folder = path.resolve().parent
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    require(
-        existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
-        f"{setting} is {str(path)!r}: {existing} cannot be written; choose another folder",
-    )
-    require(not path.is_dir(), f"{setting} is {str(path)!r}: that is a folder; choose another name")
+    check_folder(path.resolve().parent, setting, path)
+    with writing(path, setting):  # its name may be too long
+        is_folder = path.is_dir()
+    require(not is_folder, f"{setting} is {str(path)!r}: that is a folder; choose another name")
+
+
+def check_folder(folder: Path, setting: str, given: Path | None = None) -> None:
+    """Raise a :class:`SettingError` unless ``folder`` exists, or can be made, and can be written; makes nothing.
+
+    Args:
+        folder: the folder.
+        setting: what names it.
+        given: what that setting is; ``folder`` by default.
+    """
+    told = f"{setting} is {str(given or folder)!r}"
+    with writing(given or folder, setting):  # a name may be too long to be looked for
+        existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        longest = os.pathconf(existing, "PC_NAME_MAX")
+    writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    require(writable, f"{told}: {existing} cannot be written; choose another folder")
+    names = (len(os.fsencode(part)) for part in folder.parts)
+    require(max(names, default=0) <= longest, f"{told}: a name in it is too long; choose a shorter one")
 
 
 @contextlib.contextmanager

@@ -89,7 +89,8 @@ def _set(env: EnvBase, state: dict[str, Any]) -> None:
         for name, value in state["control"].items():
             setattr(control, name, value)
         return
-    for part, attributes in zip(_chain(env), state["chain"], strict=True):
+    parts = list(_chain(env))  # first: whether it has a state at all
+    for part, attributes in zip(parts, state["chain"], strict=True):
         _set_attributes(part, attributes)
     inner = env._env.unwrapped
     if isinstance(inner, MujocoEnv):

@@ -1,4 +1,4 @@
-"""Environments by name. The only file that knows gymnasium, dm_control or envpool.
+"""Environments by name: gymnasium's, dm_control's and envpool's.
 
 Whatever the source, an environment of this package reads ``action`` in [-1, 1] and writes ``observation`` as one
 float32 vector, ``reward``, ``terminated``, ``truncated`` and ``done`` [..., 1], the undiscounted return so far
@@ -19,6 +19,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torchrl._utils import seed_generator
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import (
     ActionScaling,
@@ -165,6 +166,11 @@ def make_gym(name: str, **kwargs: Any) -> gym.Env:
         or len(env.observation_space.shape) != 1
     ):
         env = gym.wrappers.FlattenObservation(env)
+    require(
+        isinstance(env.observation_space, gym.spaces.Box),
+        f"data.env is {name!r}: its observations are {env.observation_space}, which is not a vector of set length; "
+        "choose another",
+    )
     if env.observation_space.dtype != np.float32:
         env = gym.wrappers.DtypeObservation(env, np.float32)
     if (space.low != -1).any() or (space.high != 1).any():
@@ -248,7 +254,10 @@ def make_render_env(name: str) -> tuple[EnvBase, Callable[[], np.ndarray]]:
         env = make_env(name)
         physics = env.base_env._env.physics
         return env, partial(physics.render, 240, 320, camera_id=0)
-    single = _gym_env(own, time, render_mode="rgb_array")
+    try:
+        single = _gym_env(own, time, render_mode="rgb_array")
+    except SettingError as error:
+        raise SettingError(f"{name} cannot be rendered: {error}") from error
     return TransformedEnv(single, Compose(*_transforms(single, time))), single._env.render
 
 
@@ -321,8 +330,12 @@ class EnvpoolTask(EnvBase):
         self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(num_envs,))
 
     def _set_seed(self, seed: int | None) -> None:
-        """envpool takes its seed when it is made."""
-        self._env = self._envpool.make(self._task, env_type="gymnasium", num_envs=self.batch_size[0], seed=seed or 0)
+        """envpool takes its seeds when it is made, of 31 bits: one after the other, as a batch of others has them."""
+        seeds = [seed or 0]
+        while len(seeds) < self.batch_size[0]:
+            seeds.append(seed_generator(seeds[-1]))
+        own = [seed & 0x7FFFFFFF for seed in seeds]
+        self._env = self._envpool.make(self._task, env_type="gymnasium", num_envs=len(own), seed=own)
 
     def _observation(self, raw: Any) -> torch.Tensor:
         if isinstance(raw, dict):

@@ -96,7 +96,13 @@ def _several(given: dict[str, Any], accelerator: Any) -> bool:
         return accelerator in ("auto", "gpu", "cuda") and torch.cuda.device_count() > 1
     if isinstance(devices, str) and "," in devices:
         devices = [index for index in devices.split(",") if index.strip()]
-    return len(devices) > 1 if isinstance(devices, list) else int(devices) > 1
+    if isinstance(devices, list):
+        return len(devices) > 1
+    require(
+        str(devices).isdecimal(),
+        f"trainer.devices is {devices!r}: give a number, a list of GPUs such as [0, 1], or auto",
+    )
+    return int(devices) > 1
 
 
 def gpus() -> list[str]:

@@ -30,6 +30,8 @@ def shipped_config(value: str) -> str:
         raise SettingError(f"--config is {value!r}: there is no such file; shipped ones are {', '.join(known)}")
     try:
         content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SettingError(f"--config is {value!r}, which cannot be read ({error}): choose another") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
@@ -86,15 +88,15 @@ def _unknown(key: str, known: list[str]) -> str:
     return f"{key} is not a setting; " + (f"did you mean {best}?" if best else "see qsm-fit --help")
 
 
-def loss_settings(cls: type) -> dict[str, Any]:
-    """Names and defaults of a loss's settings; ``**settings`` stands for those of the class it extends."""
+def loss_settings(cls: type[losses.OffPolicyLoss]) -> dict[str, Any]:
+    """Names and defaults of a loss's settings; ``**settings`` stands for its base class's, but for those ``fixed``."""
     parameters: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
         own = inspect.signature(base.__init__).parameters  # type: ignore[misc]
         parameters |= {name: p for name, p in own.items() if name not in parameters}
         if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
             break
-    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty and name not in cls.fixed}
 
 
 class ParserErrors:

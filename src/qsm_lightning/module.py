@@ -83,8 +83,9 @@ class OffPolicyModule(LightningModule):
         self.hparams.pop("_instantiator", None)
         if not isinstance(self.hparams["loss"], dict):  # not made by a configuration
             self.hparams["loss"] = loss_spec(loss)
+        make_loss = loss_from_spec(loss)
         try:
-            self.loss = loss_from_spec(loss)(observation_dim, action_dim)
+            self.loss = make_loss(observation_dim, action_dim)
         except SettingError as error:  # its message begins with the setting's name
             raise SettingError(f"model.loss.{error}") from error
         if actor_lr_decay_updates is None:

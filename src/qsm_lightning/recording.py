@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def record_episode(
 ) -> tuple[np.ndarray, float]:
     """Run one episode, rendering every ``every``-th frame; torch's global generators are left as they were.
 
+    Args:
+        name: the environment's.
+        policy: acts in it.
+        env_seed: of the episode's start.
+        noise_seed: of the policy's noise.
+        max_frames: after how many none is rendered any more; the episode goes on to its end.
+        every: frames from one that is rendered to the next.
+
     Returns:
         Frames [N, height, width, 3] of uint8, and the episode's return.
 
@@ -35,10 +44,10 @@ def record_episode(
         torch.manual_seed(noise_seed)
         env.set_seed(env_seed)
         state = env.reset()
-        for i in range(max_frames):
+        for i in itertools.count():
             stepped = env.step(policy(state))
             episode_return += stepped["next", "reward"].item()
-            if i % every == 0:
+            if i < max_frames and i % every == 0:
                 frames.append(render_frame(name, render))
             if stepped["next", "done"].item():
                 break

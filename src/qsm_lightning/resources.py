@@ -48,7 +48,8 @@ def report(
     frame = frame_bytes(data.observation_dim, data.action_dim, data.timed)
     on_gpu = data.storage == "device" and device.type == "cuda"
     places = processes if on_gpu else machines
-    frames = math.ceil(min(data.buffer_size, data.total_frames) / places)
+    filled = data.buffer_size if on_gpu else min(data.buffer_size, data.total_frames)  # a GPU has no lazy pages
+    frames = math.ceil(filled / places)
     index = 8  # TorchRL stores each frame's number with it
     size, archive = frames * (frame + index), min(2 * data.buffer_size, data.total_frames) * frame
     mapped, saved = data.storage == "memmap", saved and data.save_buffer

@@ -18,7 +18,7 @@ from qsm_lightning.runs import CHECKPOINTS, CONFIG
 # What may change when a run goes on: how long, where frames come from and are kept, how it is evaluated and watched.
 FREE = {
     *("total_frames", "storage", "storage_dir", "save_buffer", "rounds_per_batch"),
-    *("eval_every_frames", "eval_episodes", "eval_selector", "eval_candidates"),
+    *("eval_every_frames", "eval_episodes"),
     *("env_processes", "env_timeout", "env_restarts", "rank_timeout"),
     *("collector", "collector_workers", "collector_max_staleness"),
     "dataset",  # whose content is what counts
@@ -184,7 +184,12 @@ def identity(data: dict[str, Any], model: dict[str, Any], run: dict[str, Any]) -
         model: hyper-parameters of the module.
         run: seed, precision and clipping.
     """
-    yield from ((f"data.{name}", _plain(value)) for name, value in data.items() if name not in FREE)
+    data = {name: _plain(value) for name, value in data.items() if name not in FREE}
+    if data["eval_selector"] == "sample":  # no curve is of candidates
+        del data["eval_candidates"]
+    elif data["eval_selector"] == "both":  # eval/return is of samples, too
+        data["eval_selector"] = "sample"
+    yield from ((f"data.{name}", value) for name, value in data.items())
     loss = model["loss"]
     yield "model.loss", loss["class_path"]
     yield from ((f"model.loss.{name}", _plain(value)) for name, value in loss["init_args"].items())

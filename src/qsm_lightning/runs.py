@@ -6,7 +6,6 @@ import csv
 import fcntl
 import hashlib
 import io
-import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,18 +19,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from qsm_lightning import checkpoints, durable, trust
 from qsm_lightning.distributed import Ranks
-from qsm_lightning.errors import SettingError, require
+from qsm_lightning.errors import SettingError
 
 CHECKPOINTS, CONFIG, METRICS = "checkpoints", "config.yaml", "metrics.csv"
-
-
-def check_writable(folder: Path) -> None:
-    """Raise :class:`SettingError` unless ``folder`` exists or can be made, and can be written; makes nothing."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    require(
-        existing.is_dir() and os.access(existing, os.W_OK | os.X_OK),
-        f"trainer.default_root_dir is {str(folder)!r}: {existing} is not a folder that can be written; choose another",
-    )
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -84,11 +74,12 @@ def lock(run: Path) -> Any:
     """Hold a run's folder for this process until it ends, however it ends; returns what must be kept to hold it.
 
     Raises:
-        SettingError: when another process holds it.
+        SettingError: when another process holds it, or it cannot be written.
     """
     folder = run / CHECKPOINTS
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("a")
+    with durable.writing(folder, "the run's folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

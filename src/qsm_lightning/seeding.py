@@ -8,6 +8,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from qsm_lightning.errors import require
+
 
 class Purpose(IntEnum):
     """What a derived seed is for. The numbers are part of a run's identity: never reuse one."""
@@ -22,6 +24,11 @@ class Purpose(IntEnum):
     OFFLINE_SAMPLER = 7
     DATASET_ENV = 8
     DATASET_NOISE = 9
+
+
+def check_seed(seed: int, setting: str) -> None:
+    """Raise :class:`SettingError` unless NumPy takes ``seed`` for one."""
+    require(0 <= seed < 2**32, f"{setting} is {seed}: it must be from 0 to {2**32 - 1}")
 
 
 def derive_seed(seed: int, rank: int, purpose: Purpose, *path: int) -> int:

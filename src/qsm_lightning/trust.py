@@ -44,7 +44,9 @@ def _kinds() -> tuple[type, ...]:
 
 def check_env(name: str, where: str) -> None:
     """Raise :class:`SettingError` for an environment name that would import a module."""
-    module, colon, _ = name.removeprefix(f"{PREFIX}:").partition("?")[0].partition(":")
+    if name.startswith(f"{PREFIX}:"):
+        name = name.removeprefix(f"{PREFIX}:").partition("?")[0]
+    module, colon, _ = name.partition(":")
     if colon and module not in ("dmc", "envpool"):
         raise _refusal(where, f"names the environment {name!r}, which imports the module {module!r}")
 

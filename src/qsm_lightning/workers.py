@@ -6,7 +6,6 @@ The only file that knows Ray or TorchRL's collectors of several workers.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import math
 import multiprocessing
@@ -244,14 +243,6 @@ class RayWorker(Collector):
 
     def __bool__(self) -> bool:
         return True
-
-
-def require_ray() -> None:
-    """Raise :class:`SettingError` unless Ray is installed."""
-    require(
-        importlib.util.find_spec("ray") is not None,
-        "data.collector is 'ray': ray is not installed; pip install 'qsm-lightning[ray]'",
-    )
 
 
 def _worker_env(make_env: Callable[[], EnvBase], env_seed: int, noise_seed: int, report: Path | None) -> EnvBase:

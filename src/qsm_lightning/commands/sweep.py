@@ -27,6 +27,7 @@ from qsm_lightning import checkpoints, cli, durable, launching, resume, runs
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, require
+from qsm_lightning.seeding import check_seed
 
 OWN = (
     *("--name", "--resume", "--ckpt_path", "--seed_everything"),
@@ -135,6 +136,12 @@ class Job:
             frames, _, value, self.speed = lines[-1]
             self.frames, self.value = int(frames), next((v for *_, v, _ in reversed(lines) if v), "")
 
+    def end(self) -> str:
+        """The state of a run that has ended by itself."""
+        newest = self.checkpoint()
+        self.frames = newest.order[0] if newest else self.frames
+        return "complete" if self.frames >= self.total_frames else "stopped early"
+
     def line(self) -> str:
         """How far it is, in a line."""
         value = f" return {self.value}" if self.value else ""
@@ -157,6 +164,7 @@ def seeds_of(text: str) -> list[int]:
             int(match[2] or match[1]) - int(match[1]) < MOST_SEEDS,
             f"--seeds is {text!r}: a range has at most {MOST_SEEDS} seeds; give fewer",
         )
+        check_seed(int(match[2] or match[1]), "--seeds")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     require(len(set(found)) == len(found), f"--seeds is {text!r}: a seed is there twice; give each once")
     return found
@@ -248,9 +256,8 @@ def command(job: Job) -> list[str]:
     """The ``qsm-fit`` that begins a run, or goes on with it."""
     checkpoint = job.checkpoint()
     options = job.options
-    if checkpoint is not None:
-        options = [o for o in options if not o.startswith("--config=") and o != "--trust"]
-        options = [f"--resume={checkpoint.run}", *options, "--trust"]  # the settings are this command's own
+    if checkpoint is not None:  # with the settings of this command, which may ask for more frames
+        options = [*(o for o in options if o != "--trust"), f"--ckpt_path={checkpoint.path}", "--trust"]
     return [sys.executable, "-m", "qsm_lightning", *options]
 
 
@@ -295,6 +302,8 @@ class Sweep:
         failed = [job for job in self.jobs if job.state.startswith("failed")]
         if failed:
             raise TrainingFault(f"{len(failed)} of {len(self.jobs)} runs failed; see {failed[0].log}")
+        if any(job.state == "stopped early" for job in self.jobs):
+            print("the same command, with a greater limit, goes on with what stopped early", flush=True)
 
     def _interrupt(self, signum: int, frame: Any) -> None:
         self.signum = signum
@@ -338,7 +347,7 @@ class Sweep:
             job.process.send_signal(signal.SIGTERM)
         status = job.process.wait()
         job.look()
-        job.state = "complete" if status == 0 else _why(job, start, status, self.signum)
+        job.state = job.end() if status == 0 else _why(job, start, status, self.signum)
 
 
 def _why(job: Job, start: int, status: int, signum: int | None) -> str:

@@ -37,6 +37,7 @@ class OffPolicyLoss(LossModule):
     ``actor_lr_decay_updates`` is what the trainer's setting of that name is by default.
     ``selectors`` are the kinds of :meth:`evaluation_policy` that there are. With a ``window`` of more than 1, each
     entry of a replay batch is that many consecutive frames (:meth:`~qsm_lightning.replay.FrameBuffer.sample_windows`).
+    ``fixed`` are settings of a base class that this one sets itself.
 
     A class may say of itself, not for its subclasses, that it is ``compilable``: that ``x_loss`` and
     ``update_targets`` read and change nothing between two updates but the content of tensors. A number that is counted
@@ -58,6 +59,7 @@ class OffPolicyLoss(LossModule):
     learning_rates: Mapping[str, float] = {}
     actor_lr_decay_updates: int = 0
     selectors: tuple[str, ...] = ("sample", "best_of_n")
+    fixed: tuple[str, ...] = ()
     compilable = False
 
     @property

@@ -362,6 +362,7 @@ class CQSMDiffusion(QSM):
     """
 
     compilable = True
+    fixed = ("m_q", "gamma")
 
     def __init__(
         self,

@@ -62,7 +62,7 @@ class DACER(SizedDiffusionLoss):
             entropy_samples >= COMPONENTS,
             f"entropy_samples is {entropy_samples}: it must be at least {COMPONENTS}, the Gaussians that are fitted",
         )
-        require_package("sklearn", "modes", "model.loss is dacer")
+        require_package("sklearn", "modes", "dacer")
         super().__init__(observation_dim, action_dim, **settings)
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(alpha_init)))
         self.target_entropy = -0.9 * action_dim if target_entropy is None else target_entropy
