@@ -97,10 +97,10 @@ CASES = {
         [*PENDULUM, "--trainer.accelerator=cpu", "--trainer.devices=[0,0]"],
         "trainer: `devices` .* int",
     ),
-    "a long name": ([*PENDULUM, *SHRINK, "--name", "a" * 300], "the run's folder .* a name in it is too long"),
+    "a long name": ([*PENDULUM, *SHRINK, "--name", "a" * 300], "the run's folder,.*a name in it is too long"),
     "a file for a folder": (
         [*PENDULUM, *SHRINK, "--trainer.default_root_dir=.", "--name=file"],
-        "the run's folder .*file cannot be written",
+        "the run's folder,.*file cannot be written",
     ),
     "mapped files nowhere": (
         [*PENDULUM, *SHRINK, "--data.storage=memmap", "--data.storage_dir=file"],
