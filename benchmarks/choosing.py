@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from qsm_lightning.losses import QSM
-from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy, add_action_noise
-from qsm_lightning.precision import full_precision
+from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy
 from qsm_lightning.sampler import Sampler
 
 N = 4
@@ -28,15 +27,13 @@ class BestInTarget(QSM):
 
     compilable = True
 
-    @full_precision
     def next_action(self, next_observation: Tensor) -> Tensor:
         """a' [N B, A] for s' [B, O]."""
-        action = self.sampler(next_observation.repeat_interleave(N, 0))
-        return add_action_noise(action, torch.randn_like(action), self.action_noise)
+        return super().next_action(next_observation.repeat_interleave(N, 0))
 
     def next_value(self, next_observation: Tensor, next_action: Tensor) -> Tensor:
         """max_n min_i Qbar_i(s', a'_n), [B]."""
-        values = self.target_critics(next_observation.repeat_interleave(N, 0), next_action).min(0).values
+        values = super().next_value(next_observation.repeat_interleave(N, 0), next_action)
         return values.view(-1, N).max(-1).values
 
 

@@ -29,7 +29,7 @@ EXACT = {
     "Hopper, memory-mapped": (["--data.env=Hopper-v5", "--data.storage=memmap"], [15, 45, 60]),
     "dm_control": (["--data.env=dmc:reacher/easy"], [45]),
     "a model changed at resets": (["--data.env=dmc:fish/swim"], [75]),
-    "parallel environments": (["--data.env=Ant-v5", "--data.num_envs=3", "--data.frames_per_batch=6"], [18, 48]),
+    "parallel environments": (["--data.env=Ant-v5", "--data.num_envs=3", "--data.frames_per_batch=6"], [18, 48, 66]),
     "several dm_control tasks": (["--data.env=dmc:cartpole/swingup", "--data.num_envs=2"], [46]),
     "fractional utd": (["--data.utd=0.3"], [45, 61]),
     "several updates a frame": (["--data.utd=3"], [45]),

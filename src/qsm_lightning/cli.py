@@ -148,9 +148,7 @@ class FitCLI(LightningCLI):
         siblings = self._root / self._name
         place = (ckpt_path, self.run_folder, siblings)
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            run = resume.wanted(*place).run
-            self._check_folder(run)
-            self.held = runs.lock(run)  # before looking which is its newest
+            self.held = runs.lock(resume.wanted(*place).run)  # before looking which is its newest
         self.checkpoint, passed_over = resume.whole(resume.wanted(*place))
         for sentence in passed_over if rank_zero_only.rank == 0 else []:  # type: ignore[attr-defined]
             log.warning(sentence)
