@@ -76,6 +76,25 @@ def test_score_matching_with_quadratic_critics_in_closed_form(
     torch.testing.assert_close(loss.denoiser.w.grad, (2 * (residual + bc_coef * cloned) * noisy).mean())
 
 
+def test_the_denoiser_is_trained_at_the_policys_own_actions_if_asked() -> None:
+    """The buffer's are not looked at, and what made the policy's carries no gradient."""
+    torch.manual_seed(0)
+    loss, batch = quadratic_loss(score_at="clean", actions_from="policy"), replay_batch(B)
+    with torch.random.fork_rng():
+        action = loss.next_action(batch["observation"]).detach()
+        t = torch.randint(5, (B,))
+        noise = torch.randn(B, A)
+    batch["action"].fill_(torch.nan)
+    value, metrics = loss.actor_loss(batch)
+    abar = loss.schedule.alpha_hats[t, None]
+    noisy = abar.sqrt() * action + (1 - abar).sqrt() * noise
+    g = 0.15 - action
+    torch.testing.assert_close(value, (0.4 * noisy + 7 * g).square().mean())
+    torch.testing.assert_close(metrics["q_grad_norm"], g.norm(dim=-1).mean())
+    value.backward()
+    torch.testing.assert_close(loss.denoiser.w.grad, (2 * (0.4 * noisy + 7 * g) * noisy).mean())
+
+
 def test_critic_loss_and_gradient_in_closed_form() -> None:
     torch.manual_seed(0)
     loss = quadratic_loss(gamma=0.9)
@@ -244,6 +263,8 @@ def test_the_noise_of_the_target_does_not_depend_on_torchrls_exploration_type() 
         {"tau": 0},
         {"m_q": 0},
         {"score_at": "dirty"},
+        {"actions_from": "nowhere"},
+        {"bc_coef": 1.0, "actions_from": "policy"},
         {"q_grad": "max"},
         {"temperature": -1},
         {"action_noise": -1},

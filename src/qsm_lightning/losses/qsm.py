@@ -41,6 +41,8 @@ class QSMLoss(DiffusionLoss):
             the top or to the bounds, and more leaves the policy softer.
         m_q_lr: learning rate of the logarithm of the target's size with ``m_q: auto``.
         score_at: take the critics' gradient at the ``noisy`` action (authors' code) or the ``clean`` one (paper).
+        actions_from: the clean actions are the replay ``buffer``'s (authors' code and paper), or the ``policy``'s own,
+            drawn for each observation as in collecting.
         bc_coef: weight of behaviour cloning: the loss of a denoiser of the buffer's own actions is added.
         **settings: the settings of :class:`DiffusionLoss`.
 
@@ -72,6 +74,7 @@ class QSMLoss(DiffusionLoss):
         m_q_slope: float = 0.15,
         m_q_lr: float = 3e-3,
         score_at: Literal["noisy", "clean"] = "noisy",
+        actions_from: Literal["buffer", "policy"] = "buffer",
         bc_coef: float = 0.0,
         **settings: Any,
     ) -> None:
@@ -83,9 +86,15 @@ class QSMLoss(DiffusionLoss):
         require_positive(batch_temperature=batch_temperature, m_q_lr=m_q_lr)
         require(-1 < m_q_slope < 1, f"m_q_slope is {m_q_slope}: it must be between -1 and 1")
         require(score_at in ("noisy", "clean"), f"score_at is {score_at!r}: choose noisy or clean")
+        require(actions_from in ("buffer", "policy"), f"actions_from is {actions_from!r}: choose buffer or policy")
         require_not_negative(bc_coef=bc_coef)
+        require(
+            bc_coef == 0 or actions_from == "buffer",
+            f"bc_coef is {bc_coef} and actions_from 'policy': behaviour cloning needs the actions from the buffer",
+        )
         self.m_q = m_q
         self.score_at = score_at
+        self.actions_from = actions_from
         self.bc_coef = bc_coef
         self.batch_temperature = batch_temperature
         self.m_q_slope = m_q_slope
@@ -135,12 +144,14 @@ class QSMLoss(DiffusionLoss):
         r"""rho: the share of the critics' slope that is left where the last denoising step ends; scalar.
 
         From a_0 = sqrt(abar_0) a + sqrt(1 - abar_0) z the step goes from u = clip(a_0 / sqrt(alpha_0)) to v =
-        clip(a_0 / sqrt(alpha_0) + c M_q g(a_0)), c its coefficient of -eps. With D = v - u, and D' its components
-        that no bound has cut short,
+        clip(a_0 / sqrt(alpha_0) - c eps), c its coefficient. With ``score_at: noisy`` eps is -M_q g(a_0), which the
+        denoiser is regressed on; with ``clean`` it is what the denoiser gives, an average of -M_q g over the actions
+        that a_0 may come from. With D = v - u, and D' its components that no bound has cut short,
 
-        .. math:: \rho = \sum_b g(v_b) \cdot D'_b / \sum_b g(a_{0,b}) \cdot D_b
+        .. math:: \rho = \sum_b g(v_b) \cdot D'_b / \sum_b g(w_b) \cdot D_b
 
-        over the batch: 1 where Q is linear along the step, 0 where it ends at the top or a bound, negative beyond.
+        over the batch, w being a_0 or, with ``clean``, u: 1 where Q is linear along the step, 0 where it ends at the
+        top or a bound, negative beyond.
 
         Args:
             observation: s, [B, O].
@@ -149,13 +160,20 @@ class QSMLoss(DiffusionLoss):
             m_q: M_q, a number or [1].
         """
         schedule = self.schedule
-        noisy = schedule.add_noise(action, torch.zeros(len(action), dtype=torch.long, device=action.device), noise)
-        g = self.q_gradient(observation, noisy)
+        t = torch.zeros(len(action), dtype=torch.long, device=action.device)
+        noisy = schedule.add_noise(action, t, noise)
         unmoved = noisy * schedule.inv_sqrt_alphas[0]
-        step = schedule.eps_coefs[0] * schedule.inv_sqrt_alphas[0] * m_q * g
-        end = (unmoved + step).clamp(-1, 1)
-        moved = end - unmoved.clamp(-1, 1)
-        free = moved * (unmoved + step == end)
+        begin = unmoved.clamp(-1, 1)
+        if self.score_at == "noisy":
+            g = self.q_gradient(observation, noisy)
+            eps = -m_q * g
+        else:
+            g = self.q_gradient(observation, begin)
+            eps = eps_given(self.denoiser, observation, schedule.T)(noisy, t).to(g)
+        reached = unmoved - schedule.eps_coefs[0] * schedule.inv_sqrt_alphas[0] * eps
+        end = reached.clamp(-1, 1)
+        moved = end - begin
+        free = moved * (reached == end)
         left = batch_mean((self.q_gradient(observation, end) * free).sum(-1))
         return left / batch_mean((g * moved).sum(-1)).clamp(min=torch.finfo(g.dtype).tiny)
 
@@ -181,7 +199,12 @@ class QSMLoss(DiffusionLoss):
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """Score matching at a random step of the schedule on a replay batch [B]; no gradient reaches the critics."""
-        observation, action = tensordict[self.tensor_keys.observation], tensordict[self.tensor_keys.action]
+        observation = tensordict[self.tensor_keys.observation]
+        if self.actions_from == "buffer":
+            action = tensordict[self.tensor_keys.action]
+        else:
+            with torch.no_grad():
+                action = self.next_action(observation)
         t = self._steps(action)
         loss, eps, g = self.score_matching(observation, action, t, torch.randn_like(action))
         return loss, {"q_grad_norm": g.norm(dim=-1).mean(), "eps_norm": eps.detach().norm(dim=-1).mean()}
