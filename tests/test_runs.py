@@ -432,6 +432,11 @@ def test_a_finished_run_goes_on_with_more_frames_only(frames: int, status: int, 
         assert "from frame 60" in text
 
 
+def test_a_run_in_place_of_a_checkpoint_is_told_the_other_option(run: Path, tmp_path: Path) -> None:
+    sentence = refused(tmp_path, *TINY, "--ckpt_path", run)
+    assert sentence.startswith(f"qsm-fit: --ckpt_path: {run} is a run's folder; go on with the run by --resume {run}")
+
+
 def test_a_run_without_its_settings_is_not_resumed_by_its_folder(run: Path, tmp_path: Path) -> None:
     (run / "config.yaml").unlink()
     sentence = refused(tmp_path, "--resume", run)

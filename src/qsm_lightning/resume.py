@@ -29,6 +29,7 @@ BEFORE = {
     "data.offline_frames": 0,
     "data.offline_share": 0.5,
     "model.ema": None,
+    "model.loss.actions_from": "buffer",
     "model.loss.batch_temperature": 0.1,
     "model.loss.bc_coef": 0.0,
     "model.loss.m_q_lr": 3e-3,
@@ -84,6 +85,11 @@ def wanted(ckpt_path: str, run: Path | None, siblings: Path) -> Checkpoint:
     path = Path(ckpt_path)
     require(path.exists(), f"--ckpt_path is {ckpt_path!r}: there is no such file")
     checkpoint = Checkpoint(_long(path).parent if path.is_file() else _long(path))
+    require(
+        not (checkpoint.path / CHECKPOINTS).is_dir(),
+        f"--ckpt_path: {ckpt_path} is a run's folder; go on with the run by --resume {ckpt_path} in place of it, or "
+        f"give one of the checkpoints in it",
+    )
     require(
         (checkpoint.path / checkpoints.MANIFEST).exists(),
         f"--ckpt_path: {ckpt_path} is not a checkpoint that a run can go on from; give a folder with a "
