@@ -64,6 +64,9 @@ def run(
     return found, trainer
 
 
+OWN_ACTIONS = partial(QSM, m_q="auto", m_q_slope=0.3, score_at="clean", actions_from="policy")
+
+
 @needs_compiler
 @pytest.mark.parametrize(
     "settings",
@@ -74,13 +77,22 @@ def run(
         pytest.param({"precision": "64-true", "value": None, "loss": DiffusionQL}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": None, "loss": SDAC}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": 0.5, "loss": partial(QSM, m_q="auto")}, marks=pytest.mark.slow),
+        pytest.param({"precision": "64-true", "value": 0.5, "loss": OWN_ACTIONS}, marks=pytest.mark.slow),
         pytest.param({"value": None, "loss": SAC, "sizes": {"hidden": (16, 16)}}, marks=pytest.mark.slow),
         pytest.param(
             {"precision": "64-true", "value": 0.5, "loss": TD3, "sizes": {"hidden": (16, 16), "policy_delay": 3}},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["one update in float32", "clipped by norm", "clipped by value", "Diffusion-QL", "SDAC", "m_q auto"]
+    ids=[
+        "one update in float32",
+        "clipped by norm",
+        "clipped by value",
+        "Diffusion-QL",
+        "SDAC",
+        "m_q auto",
+        "own actions",
+    ]
     + ["SAC", "TD3"],
 )
 def test_compiled_training_equals_plain_training(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_configuration_trains(
         chosen = CQSMDiffusion if name == "cqsm/hopper" else CQSM
         assert loss["class_path"] == f"qsm_lightning.losses.{chosen.__name__}"
     elif name.startswith("algo/"):
-        algorithm = name.removeprefix("algo/").removesuffix("_offline")
+        algorithm = name.removeprefix("algo/").removesuffix("_offline").removesuffix("_own_actions")
         assert loss["class_path"] == f"qsm_lightning.losses.{ALGORITHMS[algorithm].__name__}"
     else:
         assert loss["init_args"]["m_q"] == "auto"

@@ -39,6 +39,7 @@ EXACT = {
     "averaged and clipped": (["--model.ema=0.9", "--trainer.gradient_clip_val=0.5"], [45, 60]),
     "M_q fixed": (["--model.loss.m_q=1"], [45]),
     "clipped, compiled": (["--trainer.gradient_clip_val=0.5", "--model.compile=true"], [45]),
+    "the policy's own actions": (["--config=algo/qsm_own_actions"], [45]),
     "SAC": (["--model.loss=sac"], [15, 45]),
     "TD3 between two steps of its policy": (["--model.loss=td3"], [45]),
     "TD3, compiled": (["--model.loss=td3", "--model.compile=true"], [45]),
@@ -63,6 +64,7 @@ MARKS: dict[str, Any] = {
     "a model changed at resets": [needs_dmc, pytest.mark.slow],
     "several dm_control tasks": [needs_dmc, pytest.mark.slow],
     "several updates a frame": pytest.mark.slow,
+    "the policy's own actions": pytest.mark.slow,
     "TD3, compiled": pytest.mark.slow,
 }
 
