@@ -203,6 +203,7 @@ class LateUntraceable(Untraceable):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_plain_updates_go_on_after_compiled_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

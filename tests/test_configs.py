@@ -26,7 +26,8 @@ DMC += ["walker_walk", "walker_run", "quadruped_walk", "humanoid_walk"]
 def test_all_promised_configurations_are_there() -> None:
     algorithms = {f"algo/{name}" for name in {*ALGORITHMS} - {*CONTINUOUS}}
     continuous = {f"cqsm/{name}" for name in ("pendulum", "hopper", "cartpole_swingup", "lq")}
-    assert GYM | {f"dmc/{name}" for name in DMC} | algorithms | {"algo/qsm_offline"} | continuous == set(NAMES)
+    variants = {"algo/qsm_offline", "algo/qsm_own_actions"}
+    assert GYM | {f"dmc/{name}" for name in DMC} | algorithms | variants | continuous == set(NAMES)
 
 
 @pytest.mark.parametrize("loss", sorted({*ALGORITHMS} - {"qsm", *CONTINUOUS}))

@@ -26,10 +26,11 @@ MOVING = "continuous:Pendulum-v1?max_speed=20&sigma=0.5"
 # name: settings, and the frames of the checkpoints that it is resumed from
 EXACT = {
     "Pendulum": ([], [15, 30, 45]),
-    "Hopper, memory-mapped": (["--data.env=Hopper-v5", "--data.storage=memmap"], [15, 45, 60]),
+    "Hopper, memory-mapped": (["--data.env=Hopper-v5", "--data.storage=memmap"], [45]),
     "dm_control": (["--data.env=dmc:reacher/easy"], [45]),
     "a model changed at resets": (["--data.env=dmc:fish/swim"], [75]),
-    "parallel environments": (["--data.env=Ant-v5", "--data.num_envs=3", "--data.frames_per_batch=6"], [18, 48, 66]),
+    "parallel environments": (["--data.env=Hopper-v5", "--data.num_envs=3", "--data.frames_per_batch=6"], [18, 48, 66]),
+    "parallel Ants": (["--data.env=Ant-v5", "--data.num_envs=3", "--data.frames_per_batch=6"], [18, 48, 66]),
     "several dm_control tasks": (["--data.env=dmc:cartpole/swingup", "--data.num_envs=2"], [46]),
     "fractional utd": (["--data.utd=0.3"], [45, 61]),
     "several updates a frame": (["--data.utd=3"], [45]),
@@ -63,7 +64,9 @@ MARKS: dict[str, Any] = {
     "dm_control": needs_dmc,
     "a model changed at resets": [needs_dmc, pytest.mark.slow],
     "several dm_control tasks": [needs_dmc, pytest.mark.slow],
+    "parallel Ants": pytest.mark.slow,
     "several updates a frame": pytest.mark.slow,
+    "clipped, compiled": pytest.mark.slow,
     "the policy's own actions": pytest.mark.slow,
     "TD3, compiled": pytest.mark.slow,
 }
@@ -210,7 +213,7 @@ def test_the_wall_clock_stops_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     "settings",
     [
         pytest.param(["--data.env=envpool:Pendulum-v1", "--data.num_envs=2"], marks=needs_envpool),
-        ["--data.env_processes=true", "--data.num_envs=2"],
+        pytest.param(["--data.env_processes=true", "--data.num_envs=2"], marks=pytest.mark.slow),
         ["--data.env=tests.fake_envs:Secret-v0"],
     ],
     ids=["envpool", "processes", "unknown attributes"],
