@@ -92,8 +92,9 @@ OWN_ACTIONS = partial(QSM, m_q="auto", m_q_slope=0.3, score_at="clean", actions_
         "SDAC",
         "m_q auto",
         "own actions",
-    ]
-    + ["SAC", "TD3"],
+        "SAC",
+        "TD3",
+    ],
 )
 def test_compiled_training_equals_plain_training(settings: dict[str, Any], tmp_path: Path) -> None:
     """To 1e-5: noise, targets, averages, clipping, both optimizers' states, and what is logged.

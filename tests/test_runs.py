@@ -435,6 +435,8 @@ def test_a_finished_run_goes_on_with_more_frames_only(frames: int, status: int, 
 def test_a_run_in_place_of_a_checkpoint_is_told_the_other_option(run: Path, tmp_path: Path) -> None:
     sentence = refused(tmp_path, *TINY, "--ckpt_path", run)
     assert sentence.startswith(f"qsm-fit: --ckpt_path: {run} is a run's folder; go on with the run by --resume {run}")
+    sentence = refused(tmp_path, *TINY, "--ckpt_path", run / "config.yaml")
+    assert sentence.startswith(f"qsm-fit: --ckpt_path: {run / 'config.yaml'} is not a checkpoint that a run can go on")
 
 
 def test_a_run_without_its_settings_is_not_resumed_by_its_folder(run: Path, tmp_path: Path) -> None:

@@ -84,12 +84,12 @@ def wanted(ckpt_path: str, run: Path | None, siblings: Path) -> Checkpoint:
         return (ckpt_path == "best" and checkpoints.best(found[0].path.parent)) or found[-1]
     path = Path(ckpt_path)
     require(path.exists(), f"--ckpt_path is {ckpt_path!r}: there is no such file")
-    checkpoint = Checkpoint(_long(path).parent if path.is_file() else _long(path))
     require(
-        not (checkpoint.path / CHECKPOINTS).is_dir(),
+        not (path / CHECKPOINTS).is_dir(),
         f"--ckpt_path: {ckpt_path} is a run's folder; go on with the run by --resume {ckpt_path} in place of it, or "
-        f"give one of the checkpoints in it",
+        "give one of the checkpoints in it",
     )
+    checkpoint = Checkpoint(_long(path).parent if path.is_file() else _long(path))
     require(
         (checkpoint.path / checkpoints.MANIFEST).exists(),
         f"--ckpt_path: {ckpt_path} is not a checkpoint that a run can go on from; give a folder with a "
