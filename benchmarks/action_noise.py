@@ -1,6 +1,7 @@
 """QSM with ``action_noise`` in one place only: is a fixed 0.1 right, in acting and in the TD target?
 
-As losses for a sweep, beside ``qsm`` with its noise in both and with ``--model.loss.action_noise 0``::
+As losses for a sweep, beside ``qsm`` with its noise in both and with ``--model.loss.action_noise 0``. What is in
+docs/results was made with slopes at noisy actions, ``--model.loss.score_at noisy --model.loss.m_q_slope 0.15``::
 
     PYTHONPATH=. qsm-sweep --config dmc/cartpole_swingup --seeds 0-2 --model.loss.hidden "[256,256]" \\
         --data.total_frames 30000 --data.eval_every_frames 5000 --data.eval_episodes 5 --data.eval_selector sample \\

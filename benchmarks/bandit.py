@@ -2,7 +2,8 @@
 
     python -m benchmarks.bandit
 
-Q(a) = -H |a - 0.3|^2 / 2 in two dimensions, known exactly, and a denoiser that is the converged one: eps = -M_q grad Q.
+Q(a) = -H |a - 0.3|^2 / 2 in two dimensions, known exactly, and a denoiser that is the converged one: eps = -M_q grad Q,
+at the noisy action or where the step ends (``score_at: denoised``).
 The buffer holds the policy's own actions with a noise of 0.1, so a rule that looks at the batch sees what it caused.
 Printed are mean, deviation and share at the bounds of 20,000 samples, as a table.
 """
@@ -23,7 +24,8 @@ RULES: dict[str, dict[str, Any]] = {
     "`50`": {"m_q": 50.0},
     "size 1": {"m_q": "auto", "m_q_lr": 1e-9},
     "`batch`": {"m_q": "batch"},
-    "`auto`": {"m_q": "auto", "m_q_lr": 0.01},
+    "`auto`": {"m_q": "auto", "m_q_lr": 0.01, "m_q_slope": 0.15},
+    "`auto`, `denoised`": {"m_q": "auto", "m_q_lr": 0.01, "score_at": "denoised"},
 }
 
 
@@ -41,19 +43,30 @@ class Bowl(nn.Module):
 class Converged(nn.Module):
     """What regression on -M_q grad Q ends at, for an M_q of each step [T]."""
 
-    def __init__(self, critics: Bowl, m_q: Tensor) -> None:
+    def __init__(self, loss: QSM, critics: Bowl, m_q: Tensor) -> None:
         super().__init__()
         self.slopes = m_q * critics.curvature
+        self.at_end, schedule = loss.score_at == "denoised", loss.schedule
+        self.roots, self.coefs = schedule.alphas.sqrt(), torch.tensor(schedule.eps_coefs)
 
     def forward(self, observation: Tensor, action: Tensor, t: Tensor) -> Tensor:
-        return -self.slopes[t, None] * (BEST - action)
+        k = self.slopes[t, None]
+        if self.at_end:  # v = (a + coef k (best - v)) / root, where the bounds leave it
+            root, coef = self.roots[t, None], self.coefs[t, None]
+            action = ((action + coef * k * BEST) / (root + coef * k)).clamp(-1, 1)
+        return -k * (BEST - action)
 
 
 def samples(loss: QSM, m_q: Tensor, count: int) -> Tensor:
     """Actions [count, A] of the converged denoiser."""
     noise = torch.randn(loss.schedule.T + 1, count, A)
-    denoiser: Any = Converged(loss.critics, m_q)  # type: ignore[arg-type]
-    return reverse_process(denoiser, loss.schedule, torch.zeros(count, 1), noise[-1], noise[:-1])[-1]
+    loss.denoiser = converged(loss, m_q)
+    return reverse_process(loss.denoiser, loss.schedule, torch.zeros(count, 1), noise[-1], noise[:-1])[-1]
+
+
+def converged(loss: QSM, m_q: Tensor) -> Any:
+    """The denoiser for an M_q of each step [T]."""
+    return Converged(loss, loss.critics, m_q)  # type: ignore[arg-type]
 
 
 def settled(loss: QSM) -> Tensor:
@@ -69,7 +82,7 @@ def settled(loss: QSM) -> Tensor:
             loss.m_q_loss(TensorDict({"observation": torch.zeros(BATCH, 1), "action": action}, BATCH))[0].backward()
             optimizer.step()
         t = torch.randint(loss.schedule.T, (BATCH,))
-        _, g = loss.slopes(torch.zeros(BATCH, 1), action, t, torch.randn_like(action))
+        _, g = loss.predicted(torch.zeros(BATCH, 1), action, t, torch.randn_like(action))
         m_q = torch.as_tensor(loss.scale(g, steps)).flatten().expand(len(steps))
         found.append(m_q)
         new = samples(loss, m_q, COLLECTED)

@@ -7,7 +7,7 @@ As losses for a sweep, beside ``qsm``::
         --variant "target=--model.loss benchmarks.choosing.BestInTarget" \\
         --variant "both=--model.loss benchmarks.choosing.BestInBoth" \\
         --variant "one=--model.loss benchmarks.choosing.OneAction" \\
-        --model.loss.m_q auto --model.loss.m_q_slope 0.05
+        --model.loss.m_q auto --model.loss.m_q_slope 0.05 --model.loss.score_at noisy
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Pendulum-v1 with its rewards in another unit, as environments for a sweep.
 
-A rule for M_q that does not depend on the unit has the same returns, divided by it, in all of them::
+A rule for M_q that does not depend on the unit has the same returns, divided by it, in all of them (add
+``--model.loss.score_at noisy`` for QSM as published, and for the earlier rule ``--model.loss.m_q_slope 0.15`` too)::
 
     unit=benchmarks.scaled_pendulum
     PYTHONPATH=. qsm-sweep --config pendulum --vary data.env=Pendulum-v1,$unit:Pendulum100-v1,$unit:Pendulum0.01-v1 \\

@@ -104,12 +104,9 @@ def minibatches(frames: TensorDictBase, updates: int) -> Any:
         yield frames[torch.randint(len(frames), (BATCH,))]
 
 
-def fit_qsm(
-    critics: nn.Module, slope: float, frames: TensorDictBase, steps: int, updates: int, hidden: tuple[int, ...]
-) -> Act:
+def fit_qsm(critics: nn.Module, settings: dict[str, Any], frames: TensorDictBase, steps: int, updates: int) -> Act:
     """QSM's policy with ``steps`` denoising steps, regressed on the slopes of the run's critics; M_q adapts to them."""
-    settings: dict[str, Any] = {"m_q": "auto", "m_q_slope": slope, "m_q_lr": 0.01}
-    loss = QSM(frames["observation"].shape[-1], frames["action"].shape[-1], hidden, T=steps, **settings)
+    loss = QSM(frames["observation"].shape[-1], frames["action"].shape[-1], T=steps, **settings)
     loss.critics = critics
     optimizers = {
         term: torch.optim.Adam([p for m in loss.term_modules(term) for p in m.parameters()], lr)
@@ -167,7 +164,9 @@ def main() -> None:
     loss: Any = trained.module.loss
     critics = (Pair(loss) if isinstance(loss, WrappedLoss) else loss.critics).requires_grad_(False)
     settings = trained.module.hparams["loss"]["init_args"]
-    hidden, slope = tuple(settings["hidden"]), settings.get("m_q_slope", 0.05)
+    hidden = tuple(settings["hidden"])
+    qsm = {name: settings[name] for name in ("score_at", "m_q_slope") if name in settings}  # of a run of QSM
+    qsm |= {"hidden": hidden, "m_q": "auto", "m_q_lr": 0.01}
     observation_dim, action_dim = (trained.module.hparams[name] for name in ("observation_dim", "action_dim"))
     frames = datasets.load(str(trained.path.parent), observation_dim, action_dim)
     newest = frames["observation"][-NEWEST:]
@@ -176,7 +175,7 @@ def main() -> None:
     if "best_of_n" in loss.selectors:
         rows.append(land.row("the run's, best of 32", loss.evaluation_policy("best_of_n", 32).act, draws=1))
     for steps in options.steps:
-        act = fit_qsm(critics, slope, frames, steps, options.updates, hidden)
+        act = fit_qsm(critics, qsm, frames, steps, options.updates)
         rows.append(land.row(f"QSM, T = {steps}", act))
     gaussian = fit_gaussian(critics, frames, options.updates, hidden)
     rows.append(land.row("SAC's, sampled", lambda observation: gaussian(observation).sample()))

@@ -64,20 +64,20 @@ def run(
     return found, trainer
 
 
-OWN_ACTIONS = partial(QSM, m_q="auto", m_q_slope=0.3, score_at="clean", actions_from="policy")
+SHIPPED = partial(QSM, m_q="auto", score_at="denoised")  # as QSM's tasks have it
 
 
 @needs_compiler
 @pytest.mark.parametrize(
     "settings",
     [
-        {"updates": 1, "value": None, "loss": partial(QSM, m_q="auto")},
+        {"updates": 1, "value": None, "loss": SHIPPED},
         pytest.param({"precision": "64-true", "value": 0.5}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": 0.02, "algorithm": "value"}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": None, "loss": DiffusionQL}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": None, "loss": SDAC}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": 0.5, "loss": partial(QSM, m_q="auto")}, marks=pytest.mark.slow),
-        pytest.param({"precision": "64-true", "value": 0.5, "loss": OWN_ACTIONS}, marks=pytest.mark.slow),
+        pytest.param({"precision": "64-true", "value": 0.5, "loss": SHIPPED}, marks=pytest.mark.slow),
         pytest.param({"value": None, "loss": SAC, "sizes": {"hidden": (16, 16)}}, marks=pytest.mark.slow),
         pytest.param(
             {"precision": "64-true", "value": 0.5, "loss": TD3, "sizes": {"hidden": (16, 16), "policy_delay": 3}},
@@ -91,7 +91,7 @@ OWN_ACTIONS = partial(QSM, m_q="auto", m_q_slope=0.3, score_at="clean", actions_
         "Diffusion-QL",
         "SDAC",
         "m_q auto",
-        "own actions",
+        "m_q auto, denoised",
         "SAC",
         "TD3",
     ],

@@ -26,8 +26,7 @@ DMC += ["walker_walk", "walker_run", "quadruped_walk", "humanoid_walk"]
 def test_all_promised_configurations_are_there() -> None:
     algorithms = {f"algo/{name}" for name in {*ALGORITHMS} - {*CONTINUOUS}}
     continuous = {f"cqsm/{name}" for name in ("pendulum", "hopper", "cartpole_swingup", "lq")}
-    variants = {"algo/qsm_offline", "algo/qsm_own_actions"}
-    assert GYM | {f"dmc/{name}" for name in DMC} | algorithms | variants | continuous == set(NAMES)
+    assert GYM | {f"dmc/{name}" for name in DMC} | algorithms | {"algo/qsm_offline"} | continuous == set(NAMES)
 
 
 @pytest.mark.parametrize("loss", sorted({*ALGORITHMS} - {"qsm", *CONTINUOUS}))
@@ -61,10 +60,10 @@ def test_a_configuration_trains(
         chosen = CQSMDiffusion if name == "cqsm/hopper" else CQSM
         assert loss["class_path"] == f"qsm_lightning.losses.{chosen.__name__}"
     elif name.startswith("algo/"):
-        algorithm = name.removeprefix("algo/").removesuffix("_offline").removesuffix("_own_actions")
+        algorithm = name.removeprefix("algo/").removesuffix("_offline")
         assert loss["class_path"] == f"qsm_lightning.losses.{ALGORITHMS[algorithm].__name__}"
     else:
-        assert loss["init_args"]["m_q"] == "auto"
+        assert (loss["init_args"]["m_q"], loss["init_args"]["score_at"]) == ("auto", "denoised")
 
 
 @pytest.mark.parametrize("name", NAMES)

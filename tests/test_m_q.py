@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -104,6 +104,19 @@ def test_the_slope_that_is_left_where_no_bound_stops() -> None:
     assert rho.item() == pytest.approx(0.4, abs=1e-4)
 
 
+class Implicit(nn.Module):
+    """eps = -k (best - v), v being where the step that it makes ends: converged in a bowl, with slopes there."""
+
+    def __init__(self, k: float, best: float, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.k, self.best, self.schedule = k, best, schedule
+
+    def forward(self, observation: Tensor, action: Tensor, t: Tensor) -> Tensor:
+        coef = (self.schedule.betas / (1 - self.schedule.alpha_hats).sqrt())[t, None]
+        root = self.schedule.alphas[t, None].sqrt()  # v = (a - coef eps) / root
+        return -self.k * (self.best * root - action) / (root + coef * self.k)
+
+
 class Linear(nn.Module):
     """eps = -k (best - a), what a denoiser converges to in a bowl with k = M_q H."""
 
@@ -143,8 +156,7 @@ def test_on_a_bandit_samples_lie_around_the_best_action_with_half_the_deviation_
     loss = made(Bowl(H, best), T, m_q_slope=slope)
     k = settled(loss) * H
     mean, deviation = bowl_policy(loss.schedule, [k] * T, best)
-    alpha = loss.schedule.alphas[0].item()
-    v = (1 - alpha) * slope / (alpha**0.5 * (1 - slope * alpha**0.5))
+    v = variance_of_the_closed_form(loss)
     exact = [(1 - a) ** 0.5 / (a * v + 1 - a) for a in loss.schedule.alpha_hats.tolist()]
     assert k == pytest.approx(exact[0], rel=0.03)
     torch.manual_seed(1)
@@ -165,20 +177,58 @@ def test_on_a_bandit_samples_lie_around_the_best_action_with_half_the_deviation_
     assert (fixed.abs() > 0.999).float().mean() > 0.9
 
 
+def variance_of_the_closed_form(loss: QSM) -> float:
+    """v of exp(Q / tau) in a bowl, tau being what ``m_q: auto`` comes to."""
+    alpha, rho = loss.schedule.alphas[0].item(), loss.m_q_slope
+    if loss.score_at == "denoised":
+        return (1 - alpha) / alpha * rho / (1 - rho)
+    return (1 - alpha) * rho / (alpha**0.5 * (1 - rho * alpha**0.5))
+
+
+@pytest.mark.parametrize("T", [5, 10, 20])
+@pytest.mark.parametrize("best", [0.0, 0.3])
+def test_with_slopes_at_denoised_actions_a_step_is_the_implicit_one(best: float, T: int) -> None:
+    """Which no M_q makes overshoot, and which at step 0 is that of exp(Q / tau), tau = sqrt(1 / alpha_0 - 1) / M_q."""
+    H, M_q = 4.0, 3.0
+    torch.manual_seed(0)
+    loss = QSM(OBS, A, hidden=(8,), time_dim=8, T=T, m_q=M_q, score_at="denoised")
+    loss.critics = Bowl(H, best)
+    loss.denoiser = denoiser = cast(Any, Implicit(M_q * H, best, loss.schedule))
+    observation, small, t = torch.zeros(64, OBS), best + 0.05 * torch.randn(64, A), torch.arange(64) % T
+    value, _, _ = loss.score_matching(observation, small, t, 0.05 * torch.randn(64, A))
+    assert value.item() == pytest.approx(0, abs=1e-9), "the loss is at its least there"
+    far = 3 * torch.randn(64, A)
+    ends = [loss.schedule.reverse_mean(far, t, Implicit(m_q * H, best, loss.schedule)(far, far, t)) for m_q in (3, 1e4)]
+    begins = far / loss.schedule.alphas[t, None].sqrt()
+    assert (((ends[0] - best) / (begins - best) > 0) & ((ends[0] - best) / (begins - best) < 1)).all()
+    assert (ends[1] - best).abs().max() < 0.01
+    alpha = loss.schedule.alphas[0]
+    v = ((1 - alpha) / alpha).sqrt() / M_q / H
+    exact = (1 - alpha).sqrt() * (far - alpha.sqrt() * best) / (alpha * v + 1 - alpha)
+    torch.testing.assert_close(denoiser(far, far, torch.zeros(64, dtype=torch.long)), exact, rtol=1e-4, atol=1e-4)
+    left = loss.slope_left(observation, small, 0.05 * torch.randn(64, A), M_q)
+    c = ((1 - alpha) / alpha).sqrt().item()
+    assert left.item() == pytest.approx(1 / (1 + c * M_q * H), abs=1e-4)
+    loss.m_q_slope = left.item()
+    assert variance_of_the_closed_form(loss) == pytest.approx(v.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("T", "settings", "least", "most"),
     [
-        (5, {}, 0.4, 0.75),
-        (5, {"score_at": "clean", "actions_from": "policy", "m_q_slope": 0.3, "m_q_lr": 3e-3}, 0.75, 1.05),
-        pytest.param(10, {}, 0.4, 0.75, marks=pytest.mark.slow),
-        pytest.param(20, {}, 0.4, 0.75, marks=pytest.mark.slow),
+        (5, {"m_q_slope": 0.15}, 0.4, 0.75),
+        (5, {"score_at": "denoised", "m_q_lr": 3e-3}, 0.45, 0.75),
+        pytest.param(10, {"m_q_slope": 0.15}, 0.4, 0.75, marks=pytest.mark.slow),
+        pytest.param(10, {"score_at": "denoised", "m_q_lr": 3e-3}, 0.6, 0.9, marks=pytest.mark.slow),
+        pytest.param(20, {"m_q_slope": 0.15}, 0.4, 0.75, marks=pytest.mark.slow),
+        pytest.param(20, {"score_at": "denoised", "m_q_lr": 3e-3}, 0.65, 0.95, marks=pytest.mark.slow),
     ],
-    ids=["5", "5, clean actions of the policy", "10", "20"],
+    ids=["5", "5, denoised", "10", "10, denoised", "20", "20, denoised"],
 )
 def test_on_a_bandit_a_trained_denoiser_comes_to_the_same(
     T: int, settings: dict[str, Any], least: float, most: float
 ) -> None:
-    """From scratch, learning from its own actions while M_q adapts; v is that of the test above."""
+    """From scratch, learning from its own actions while M_q adapts."""
     torch.manual_seed(0)
     H, best, rounds = 4.0, 0.3, 1000
     loss = QSM(OBS, A, hidden=(64, 64), time_dim=16, T=T, m_q="auto", **({"m_q_lr": 1e-2} | settings))
@@ -199,9 +249,8 @@ def test_on_a_bandit_a_trained_denoiser_comes_to_the_same(
             with torch.no_grad():
                 ends.append(loss.evaluation_policy().act(torch.zeros(4000, OBS)))
     found = torch.stack(ends)
-    alpha = loss.schedule.alphas[0].item()
-    v = (1 - alpha) * loss.m_q_slope / (alpha**0.5 * (1 - loss.m_q_slope * alpha**0.5))
-    assert found.mean() == pytest.approx(best, abs=0.1)
+    v = variance_of_the_closed_form(loss)
+    assert found.mean() == pytest.approx(best, abs=0.02 if loss.score_at == "denoised" else 0.1)
     assert least * v**0.5 < found.std(1).mean() < most * v**0.5
     assert (found.abs() < 1).all()
 
@@ -220,8 +269,7 @@ def test_samples_end_at_a_best_action_near_a_bound(T: int) -> None:
 @pytest.mark.parametrize("c", [0.003, 0.3, 30.0])
 def test_a_slope_without_a_top_is_climbed_to_the_bounds_and_no_further(c: float) -> None:
     """rho is 1 while no step reaches them, and the share of the climb that they have not stopped when some do."""
-    loss = made(Slope(c))
-    assert loss.m_q_slope == 0.15
+    loss = made(Slope(c), m_q_slope=0.15)
     m_q = settled(loss)
     batch, z = replay_batch(4000, OBS, A), torch.randn(4000, A)
     alpha = loss.schedule.alphas[0]
@@ -241,7 +289,7 @@ def test_without_any_slope_the_target_is_zero() -> None:
         loss.log_size.fill_(100.0)  # whose exponential is inf
     value, metrics = loss.m_q_loss(batch)
     assert (metrics["slope_left"], metrics["m_q"]) == (0, 0)
-    assert value.item() == pytest.approx(100 * 0.15)
+    assert value.item() == pytest.approx(100 * loss.m_q_slope)
     t, noise = torch.randint(5, (256,)), torch.randn(256, A)
     for loss.m_q in ("auto", "batch"):
         value, eps, _ = loss.score_matching(batch["observation"], batch["action"], t, noise)
@@ -274,9 +322,10 @@ def test_the_share_of_the_slope_that_is_left_by_hand() -> None:
     torch.testing.assert_close(loss.slope_left(batch["observation"], batch["action"], z, m_q), expected)
 
 
-def test_with_slopes_at_clean_actions_it_is_left_by_the_step_of_the_denoiser() -> None:
-    """Which goes along an average of slopes; where it begins, the slope is that of a clean action."""
-    loss = made(Bowl(2.0, 0.3), score_at="clean")
+@pytest.mark.parametrize("score_at", ["clean", "denoised"])
+def test_with_slopes_elsewhere_it_is_left_by_the_step_of_the_denoiser(score_at: str) -> None:
+    """Which does not go along the slope of a noisy action; where it begins, the slope is that of a clean one."""
+    loss = made(Bowl(2.0, 0.3), score_at=score_at)
     denoiser: Any = Linear(1.5, 1.0)
     loss.denoiser = denoiser
     alpha = loss.schedule.alphas[0]

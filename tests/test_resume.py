@@ -38,9 +38,8 @@ EXACT = {
     "float64": (["--trainer.precision=64-true"], [15, 45]),
     "bfloat16": (["--trainer.precision=bf16-mixed", "--trainer.gradient_clip_val=0.5"], [45]),
     "averaged and clipped": (["--model.ema=0.9", "--trainer.gradient_clip_val=0.5"], [45, 60]),
-    "M_q fixed": (["--model.loss.m_q=1"], [45]),
+    "M_q fixed, slopes at noisy actions": (["--model.loss.m_q=1", "--model.loss.score_at=noisy"], [45]),
     "clipped, compiled": (["--trainer.gradient_clip_val=0.5", "--model.compile=true"], [45]),
-    "the policy's own actions": (["--config=algo/qsm_own_actions"], [45]),
     "SAC": (["--model.loss=sac"], [15, 45]),
     "TD3 between two steps of its policy": (["--model.loss=td3"], [45]),
     "TD3, compiled": (["--model.loss=td3", "--model.compile=true"], [45]),
@@ -67,7 +66,6 @@ MARKS: dict[str, Any] = {
     "parallel Ants": pytest.mark.slow,
     "several updates a frame": pytest.mark.slow,
     "clipped, compiled": pytest.mark.slow,
-    "the policy's own actions": pytest.mark.slow,
     "TD3, compiled": pytest.mark.slow,
 }
 

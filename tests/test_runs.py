@@ -332,7 +332,6 @@ CHANGES: dict[str, tuple[str, str, str]] = {  # option: value there, here, and a
     "model.loss.m_q": ("'auto'", "3.0", "3"),
     "model.loss.hidden": ("[8]", "[8, 8]", "[8,8]"),
     "model.loss.score_at": ("'noisy'", "'clean'", "clean"),
-    "model.loss.actions_from": ("'buffer'", "'policy'", "policy"),
     "model.critic_lr": ("0.0003", "0.001", "1e-3"),
     "model.actor_lr_decay_updates": ("2000000", "0", "0"),
     "data.utd": ("1.0", "0.5", "0.5"),

@@ -29,7 +29,6 @@ BEFORE = {
     "data.offline_frames": 0,
     "data.offline_share": 0.5,
     "model.ema": None,
-    "model.loss.actions_from": "buffer",
     "model.loss.batch_temperature": 0.1,
     "model.loss.bc_coef": 0.0,
     "model.loss.m_q_lr": 3e-3,

@@ -36,7 +36,7 @@ def reverse_process(
     trajectory = []
     eps = eps_given(denoiser, observation, schedule.T)
     for t in reversed(range(schedule.T)):  # T-1, ..., 0
-        a = (a - schedule.eps_coefs[t] * eps(a, t)) * schedule.inv_sqrt_alphas[t]  # posterior mean
+        a = schedule.reverse_mean(a, t, eps(a, t))
         if t > 0:
             a = a + schedule.sigmas[t] * temperature * z[t]
         if clip:

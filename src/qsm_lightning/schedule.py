@@ -87,3 +87,10 @@ class NoiseSchedule(nn.Module):
     def add_noise(self, action: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The forward process: ``action`` [B, A] at time indices ``t`` [B] with ``noise`` [B, A] -> a_t [B, A]."""
         return self.sqrt_alpha_hats[t, None] * action + self.sqrt_one_minus_alpha_hats[t, None] * noise
+
+    def reverse_mean(self, noisy: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
+        """The reverse process: a_t ``noisy`` [B, A] at ``t``, a number or [B], with predicted noise -> mean [B, A]."""
+        if isinstance(t, int):
+            return (noisy - self.eps_coefs[t] * eps) * self.inv_sqrt_alphas[t]
+        coefs = self.betas / self.sqrt_one_minus_alpha_hats
+        return (noisy - coefs[t, None] * eps) * self.alphas.rsqrt()[t, None]

@@ -40,9 +40,8 @@ class QSMLoss(DiffusionLoss):
         m_q_slope: share of the slope that ``m_q: auto`` leaves at the end of a step, in (-1, 1): 0 takes the step to
             the top or to the bounds, and more leaves the policy softer.
         m_q_lr: learning rate of the logarithm of the target's size with ``m_q: auto``.
-        score_at: take the critics' gradient at the ``noisy`` action (authors' code) or the ``clean`` one (paper).
-        actions_from: the clean actions are the replay ``buffer``'s (authors' code and paper), or the ``policy``'s own,
-            drawn for each observation as in collecting.
+        score_at: take the critics' gradient at the ``noisy`` action (authors' code), the ``clean`` one (paper), or the
+            ``denoised`` one, where the denoiser's own step from the noisy action ends.
         bc_coef: weight of behaviour cloning: the loss of a denoiser of the buffer's own actions is added.
         **settings: the settings of :class:`DiffusionLoss`.
 
@@ -71,10 +70,9 @@ class QSMLoss(DiffusionLoss):
         *,
         m_q: float | Literal["auto", "batch"] = 50.0,
         batch_temperature: float = 0.1,
-        m_q_slope: float = 0.15,
+        m_q_slope: float = 0.3,
         m_q_lr: float = 3e-3,
-        score_at: Literal["noisy", "clean"] = "noisy",
-        actions_from: Literal["buffer", "policy"] = "buffer",
+        score_at: Literal["noisy", "clean", "denoised"] = "noisy",
         bc_coef: float = 0.0,
         **settings: Any,
     ) -> None:
@@ -85,16 +83,12 @@ class QSMLoss(DiffusionLoss):
             require_positive(m_q=m_q)
         require_positive(batch_temperature=batch_temperature, m_q_lr=m_q_lr)
         require(-1 < m_q_slope < 1, f"m_q_slope is {m_q_slope}: it must be between -1 and 1")
-        require(score_at in ("noisy", "clean"), f"score_at is {score_at!r}: choose noisy or clean")
-        require(actions_from in ("buffer", "policy"), f"actions_from is {actions_from!r}: choose buffer or policy")
-        require_not_negative(bc_coef=bc_coef)
         require(
-            bc_coef == 0 or actions_from == "buffer",
-            f"bc_coef is {bc_coef} and actions_from 'policy': behaviour cloning needs the actions from the buffer",
+            score_at in ("noisy", "clean", "denoised"), f"score_at is {score_at!r}: choose noisy, clean or denoised"
         )
+        require_not_negative(bc_coef=bc_coef)
         self.m_q = m_q
         self.score_at = score_at
-        self.actions_from = actions_from
         self.bc_coef = bc_coef
         self.batch_temperature = batch_temperature
         self.m_q_slope = m_q_slope
@@ -111,17 +105,23 @@ class QSMLoss(DiffusionLoss):
 
         With ``bc_coef``, that times mean (eps_theta - z)^2 is added.
         """
-        noisy, g = self.slopes(observation, action, t, noise)
-        eps = eps_given(self.denoiser, observation, self.schedule.T)(noisy, t).to(g)
+        eps, g = self.predicted(observation, action, t, noise)
         loss = (eps + self.scale(g, t) * g).square().mean()
         if self.bc_coef > 0:
             loss = loss + self.bc_coef * (eps - noise).square().mean()
         return loss, eps, g
 
-    def slopes(self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """a_t [B, A], and the critics' gradient g [B, A] there or, with ``score_at: clean``, at a."""
+    def predicted(self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """eps_theta(s, a_t, t) [B, A], and the critics' gradient g [B, A] where ``score_at`` has it."""
         noisy = self.schedule.add_noise(action, t, noise)
-        return noisy, self.q_gradient(observation, noisy if self.score_at == "noisy" else action)
+        eps = eps_given(self.denoiser, observation, self.schedule.T)(noisy, t).to(noisy)
+        if self.score_at == "noisy":
+            at = noisy
+        elif self.score_at == "clean":
+            at = action
+        else:
+            at = self.schedule.reverse_mean(noisy, t, eps.detach()).clamp(-1, 1)
+        return eps, self.q_gradient(observation, at)
 
     def scale(self, g: Tensor, t: Tensor) -> float | Tensor:
         """M_q, or what stands in its place, for slopes g [B, A] at steps t [B]: a number, [1] or [B, 1]."""
@@ -145,12 +145,13 @@ class QSMLoss(DiffusionLoss):
 
         From a_0 = sqrt(abar_0) a + sqrt(1 - abar_0) z the step goes from u = clip(a_0 / sqrt(alpha_0)) to v =
         clip(a_0 / sqrt(alpha_0) - c eps), c its coefficient. With ``score_at: noisy`` eps is -M_q g(a_0), which the
-        denoiser is regressed on; with ``clean`` it is what the denoiser gives, an average of -M_q g over the actions
-        that a_0 may come from. With D = v - u, and D' its components that no bound has cut short,
+        denoiser is regressed on; otherwise it is what the denoiser gives: an average of -M_q g over the actions that
+        a_0 may come from (``clean``), or -M_q g(v) (``denoised``). With D = v - u, and D' its components that no bound
+        has cut short,
 
         .. math:: \rho = \sum_b g(v_b) \cdot D'_b / \sum_b g(w_b) \cdot D_b
 
-        over the batch, w being a_0 or, with ``clean``, u: 1 where Q is linear along the step, 0 where it ends at the
+        over the batch, w being a_0 with ``noisy``, else u: 1 where Q is linear along the step, 0 where it ends at the
         top or a bound, negative beyond.
 
         Args:
@@ -162,15 +163,14 @@ class QSMLoss(DiffusionLoss):
         schedule = self.schedule
         t = torch.zeros(len(action), dtype=torch.long, device=action.device)
         noisy = schedule.add_noise(action, t, noise)
-        unmoved = noisy * schedule.inv_sqrt_alphas[0]
-        begin = unmoved.clamp(-1, 1)
+        begin = schedule.reverse_mean(noisy, 0, torch.zeros_like(noisy)).clamp(-1, 1)
         if self.score_at == "noisy":
             g = self.q_gradient(observation, noisy)
             eps = -m_q * g
         else:
             g = self.q_gradient(observation, begin)
             eps = eps_given(self.denoiser, observation, schedule.T)(noisy, t).to(g)
-        reached = unmoved - schedule.eps_coefs[0] * schedule.inv_sqrt_alphas[0] * eps
+        reached = schedule.reverse_mean(noisy, 0, eps)
         end = reached.clamp(-1, 1)
         moved = end - begin
         free = moved * (reached == end)
@@ -182,7 +182,8 @@ class QSMLoss(DiffusionLoss):
         few = tensordict[::EVERY]
         observation, action = few[self.tensor_keys.observation], few[self.tensor_keys.action]
         t = self._steps(action)
-        _, g = self.slopes(observation, action, t, torch.randn_like(action))
+        with torch.no_grad():
+            _, g = self.predicted(observation, action, t, torch.randn_like(action))
         m_q = cast(Tensor, self.scale(g, t))
         rho = self.slope_left(observation, action, torch.randn_like(action), m_q)
         loss = -((rho.clamp(-1, 1) - self.m_q_slope) * self.log_size).sum()
@@ -199,12 +200,7 @@ class QSMLoss(DiffusionLoss):
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """Score matching at a random step of the schedule on a replay batch [B]; no gradient reaches the critics."""
-        observation = tensordict[self.tensor_keys.observation]
-        if self.actions_from == "buffer":
-            action = tensordict[self.tensor_keys.action]
-        else:
-            with torch.no_grad():
-                action = self.next_action(observation)
+        observation, action = tensordict[self.tensor_keys.observation], tensordict[self.tensor_keys.action]
         t = self._steps(action)
         loss, eps, g = self.score_matching(observation, action, t, torch.randn_like(action))
         return loss, {"q_grad_norm": g.norm(dim=-1).mean(), "eps_norm": eps.detach().norm(dim=-1).mean()}
