@@ -47,7 +47,7 @@ class Converged(nn.Module):
         super().__init__()
         self.slopes = m_q * critics.curvature
         self.at_end, schedule = loss.score_at == "denoised", loss.schedule
-        self.roots, self.coefs = schedule.alphas.sqrt(), torch.tensor(schedule.eps_coefs)
+        self.roots, self.coefs = schedule.alphas.sqrt(), schedule.eps_coefs
 
     def forward(self, observation: Tensor, action: Tensor, t: Tensor) -> Tensor:
         k = self.slopes[t, None]

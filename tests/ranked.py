@@ -69,7 +69,7 @@ class Adapted(Shared):
     """Its target has a size that is adapted to statistics of the batch."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings | {"m_q": "auto"})
+        super().__init__(*args, **settings | {"m_q": "auto", "score_at": "denoised"})
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -331,7 +331,7 @@ def test_thin_products_become_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [QSM, partial(QSM, m_q="auto"), partial(QSM, T=20), TD3, SDAC, DiffusionQL])
+@pytest.mark.parametrize("loss", [QSM, SHIPPED, partial(QSM, T=20), TD3, SDAC, DiffusionQL])
 def test_updates_with_sums_in_place_of_thin_products(
     loss: Callable[..., OffPolicyLoss], monkeypatch: pytest.MonkeyPatch
 ) -> None:

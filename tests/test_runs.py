@@ -331,7 +331,7 @@ def test_a_run_is_resumed_from_within_its_checkpoint(args: list[str], run: Path)
 CHANGES: dict[str, tuple[str, str, str]] = {  # option: value there, here, and as it is typed
     "model.loss.m_q": ("'auto'", "3.0", "3"),
     "model.loss.hidden": ("[8]", "[8, 8]", "[8,8]"),
-    "model.loss.score_at": ("'noisy'", "'clean'", "clean"),
+    "model.loss.score_at": ("'denoised'", "'noisy'", "noisy"),
     "model.critic_lr": ("0.0003", "0.001", "1e-3"),
     "model.actor_lr_decay_updates": ("2000000", "0", "0"),
     "data.utd": ("1.0", "0.5", "0.5"),

@@ -45,7 +45,7 @@ def test_coefficients_agree_with_each_other(name: str) -> None:
     torch.testing.assert_close(s.alphas, 1 - s.betas)
     torch.testing.assert_close(s.alpha_hats, s.alphas.cumprod(0))
     torch.testing.assert_close(s.sqrt_alpha_hats**2 + s.sqrt_one_minus_alpha_hats**2, torch.ones(7))
-    torch.testing.assert_close(torch.tensor(s.eps_coefs) * s.sqrt_one_minus_alpha_hats, s.betas)
+    torch.testing.assert_close(s.eps_coefs * s.sqrt_one_minus_alpha_hats, s.betas)
     torch.testing.assert_close(torch.tensor(s.sigmas) ** 2, s.betas)
 
 

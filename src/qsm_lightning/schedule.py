@@ -40,7 +40,7 @@ BETAS: dict[str, Callable[[int], Tensor]] = {"vp": vp_betas, "cosine": cosine_be
 
 
 class NoiseSchedule(nn.Module):
-    """Coefficients of the forward process, each a buffer of shape [T], and of the reverse process, T numbers each.
+    """Coefficients of the forward and the reverse process, each a buffer of shape [T].
 
     Args:
         name: ``vp``, ``cosine`` or ``linear``.
@@ -55,6 +55,8 @@ class NoiseSchedule(nn.Module):
     alpha_hats: Tensor
     sqrt_alpha_hats: Tensor
     sqrt_one_minus_alpha_hats: Tensor
+    eps_coefs: Tensor
+    inv_sqrt_alphas: Tensor
 
     def __init__(self, name: ScheduleName = "vp", T: int = 5) -> None:
         super().__init__()
@@ -71,10 +73,14 @@ class NoiseSchedule(nn.Module):
             # forward process q(a_t | a)
             "sqrt_alpha_hats": alpha_hats.sqrt(),
             "sqrt_one_minus_alpha_hats": (1 - alpha_hats).sqrt(),
+            # reverse process p(a_{t-1} | a_t): mean = (a_t - eps_coef * eps) * inv_sqrt_alpha, deviation sigma
+            "eps_coefs": betas / (1 - alpha_hats).sqrt(),
+            "inv_sqrt_alphas": alphas.rsqrt(),
         }
-        # reverse process p(a_{t-1} | a_t): mean = (a_t - eps_coef * eps) * inv_sqrt_alpha, deviation sigma
-        self.inv_sqrt_alphas: list[float] = alphas.rsqrt().tolist()
-        self.eps_coefs: list[float] = (betas / (1 - alpha_hats).sqrt()).tolist()
+        # the same as numbers, for one t at a time
+        self._steps: list[tuple[float, float]] = torch.stack(
+            [coefficients["eps_coefs"], coefficients["inv_sqrt_alphas"]], 1
+        ).tolist()
         self.sigmas: list[float] = betas.sqrt().tolist()
         for key, value in coefficients.items():
             self.register_buffer(key, value.to(torch.get_default_dtype()), persistent=False)
@@ -91,6 +97,6 @@ class NoiseSchedule(nn.Module):
     def reverse_mean(self, noisy: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
         """The reverse process: a_t ``noisy`` [B, A] at ``t``, a number or [B], with predicted noise -> mean [B, A]."""
         if isinstance(t, int):
-            return (noisy - self.eps_coefs[t] * eps) * self.inv_sqrt_alphas[t]
-        coefs = self.betas / self.sqrt_one_minus_alpha_hats
-        return (noisy - coefs[t, None] * eps) * self.alphas.rsqrt()[t, None]
+            coef, scale = self._steps[t]
+            return (noisy - coef * eps) * scale
+        return (noisy - self.eps_coefs[t, None] * eps) * self.inv_sqrt_alphas[t, None]

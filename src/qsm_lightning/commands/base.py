@@ -32,7 +32,11 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
     _quiet()
     logging.basicConfig(format=f"{_speaker(prog)}: %(message)s")
     try:
-        command()
+        try:
+            command()
+        except SystemExit:  # after --help and --print_config
+            sys.stdout.flush()
+            raise
         sys.stdout.flush()
     except BrokenPipeError as stop:
         if not _drop_unread_output():

@@ -37,11 +37,12 @@ class QSMLoss(DiffusionLoss):
             of the slope (``m_q_slope``) and does not overshoot; ``batch`` gives the target a fixed size in every batch,
             -sigma_t g / (batch_temperature mean |g|).
         batch_temperature: of ``m_q: batch``.
-        m_q_slope: share of the slope that ``m_q: auto`` leaves at the end of a step, in (-1, 1): 0 takes the step to
-            the top or to the bounds, and more leaves the policy softer.
+        m_q_slope: share of the slope that ``m_q: auto`` leaves at the end of a step, below 1: more leaves the policy
+            softer. With ``score_at: denoised`` it is above 0, else above -1, and 0 takes the step to the top or to the
+            bounds.
         m_q_lr: learning rate of the logarithm of the target's size with ``m_q: auto``.
         score_at: take the critics' gradient at the ``noisy`` action (authors' code), the ``clean`` one (paper), or the
-            ``denoised`` one, where the denoiser's own step from the noisy action ends.
+            ``denoised`` one, where the denoiser's own step from the noisy action ends, clipped to [-1, 1].
         bc_coef: weight of behaviour cloning: the loss of a denoiser of the buffer's own actions is added.
         **settings: the settings of :class:`DiffusionLoss`.
 
@@ -82,9 +83,13 @@ class QSMLoss(DiffusionLoss):
         else:
             require_positive(m_q=m_q)
         require_positive(batch_temperature=batch_temperature, m_q_lr=m_q_lr)
-        require(-1 < m_q_slope < 1, f"m_q_slope is {m_q_slope}: it must be between -1 and 1")
         require(
             score_at in ("noisy", "clean", "denoised"), f"score_at is {score_at!r}: choose noisy, clean or denoised"
+        )
+        least = 0 if score_at == "denoised" else -1
+        require(
+            least < m_q_slope < 1,
+            f"m_q_slope is {m_q_slope}: with score_at {score_at} it must be between {least} and 1",
         )
         require_not_negative(bc_coef=bc_coef)
         self.m_q = m_q
