@@ -43,7 +43,7 @@ Started again, the same command goes on with runs that were interrupted, and lea
 Examples:
   qsm-sweep --config dmc/walker_walk --seeds 0-4 --vary model.loss=qsm,sac,td3 --jobs 2
   qsm-sweep --vary config=hopper,walker2d --vary model.actor_lr=3e-4,1e-4 --seeds 0-2
-  qsm-sweep --config hopper --variant fixed= --variant "auto=--model.loss.m_q auto" --variant "sac=--model.loss sac"
+  qsm-sweep --config hopper --variant qsm= --variant "soft=--model.loss.m_q_slope 0.5" --variant "sac=--model.loss sac"
 """
 
 MOST_SEEDS = 10_000
