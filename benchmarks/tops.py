@@ -165,7 +165,7 @@ def main() -> None:
     critics = (Pair(loss) if isinstance(loss, WrappedLoss) else loss.critics).requires_grad_(False)
     settings = trained.module.hparams["loss"]["init_args"]
     hidden = tuple(settings["hidden"])
-    qsm = {name: settings[name] for name in ("score_at", "m_q_slope") if name in settings}  # of a run of QSM
+    qsm = {"score_at": "denoised"} | {name: settings[name] for name in ("score_at", "m_q_slope") if name in settings}
     qsm |= {"hidden": hidden, "m_q": "auto", "m_q_lr": 0.01}
     observation_dim, action_dim = (trained.module.hparams[name] for name in ("observation_dim", "action_dim"))
     frames = datasets.load(str(trained.path.parent), observation_dim, action_dim)
