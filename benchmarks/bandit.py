@@ -43,9 +43,9 @@ class Bowl(nn.Module):
 class Converged(nn.Module):
     """What regression on -M_q grad Q ends at, for an M_q of each step [T]."""
 
-    def __init__(self, loss: QSM, critics: Bowl, m_q: Tensor) -> None:
+    def __init__(self, loss: Any, m_q: Tensor) -> None:
         super().__init__()
-        self.slopes = m_q * critics.curvature
+        self.slopes = m_q * loss.critics.curvature
         self.at_end, schedule = loss.score_at == "denoised", loss.schedule
         self.roots, self.coefs = schedule.alphas.sqrt(), schedule.eps_coefs
 
@@ -60,13 +60,9 @@ class Converged(nn.Module):
 def samples(loss: QSM, m_q: Tensor, count: int) -> Tensor:
     """Actions [count, A] of the converged denoiser."""
     noise = torch.randn(loss.schedule.T + 1, count, A)
-    loss.denoiser = converged(loss, m_q)
-    return reverse_process(loss.denoiser, loss.schedule, torch.zeros(count, 1), noise[-1], noise[:-1])[-1]
-
-
-def converged(loss: QSM, m_q: Tensor) -> Any:
-    """The denoiser for an M_q of each step [T]."""
-    return Converged(loss, loss.critics, m_q)  # type: ignore[arg-type]
+    denoiser: Any = Converged(loss, m_q)
+    loss.denoiser = denoiser
+    return reverse_process(denoiser, loss.schedule, torch.zeros(count, 1), noise[-1], noise[:-1])[-1]
 
 
 def settled(loss: QSM) -> Tensor:
@@ -82,7 +78,8 @@ def settled(loss: QSM) -> Tensor:
             loss.m_q_loss(TensorDict({"observation": torch.zeros(BATCH, 1), "action": action}, BATCH))[0].backward()
             optimizer.step()
         t = torch.randint(loss.schedule.T, (BATCH,))
-        _, g = loss.predicted(torch.zeros(BATCH, 1), action, t, torch.randn_like(action))
+        noisy = loss.schedule.add_noise(action, t, torch.randn_like(action))
+        g = loss.slopes(torch.zeros(BATCH, 1), action, noisy, t)
         m_q = torch.as_tensor(loss.scale(g, steps)).flatten().expand(len(steps))
         found.append(m_q)
         new = samples(loss, m_q, COLLECTED)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from tensordict import TensorDict
 
 from qsm_lightning.compiled import why_not
+from qsm_lightning.losses import QSM
 
 ROOT = Path(__file__).parents[1]
 FIRST = ROOT / "tests" / "data" / "format_1"  # a run of the first version
 CONFIGS = sorted((ROOT / "conf").rglob("*.yaml"))
+SHIPPED = partial(QSM, m_q="auto", score_at="denoised")  # as QSM's tasks in conf/ have it
 # Shrinks any shipped configuration to a few seconds.
 SHRINK = [
     "--model.loss.hidden=[16,16]",

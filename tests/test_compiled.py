@@ -27,7 +27,7 @@ from qsm_lightning.losses.base import Metrics, OffPolicyLoss
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.passes import NoiseInOrder, ThinProducts
 from tests.compare import state
-from tests.helpers import SHRINK, needs_compiler, replay_batch
+from tests.helpers import SHIPPED, SHRINK, needs_compiler, replay_batch
 from tests.processes import fit
 
 SMALL: dict[str, Any] = {"hidden": (16, 16), "time_dim": 8, "T": 3}
@@ -62,9 +62,6 @@ def run(
         for j, kept in optimizer.state_dict()["state"].items():
             found |= {f"optimizer {i}, parameter {j}, {name}": value for name, value in kept.items()}
     return found, trainer
-
-
-SHIPPED = partial(QSM, m_q="auto", score_at="denoised")  # as QSM's tasks have it
 
 
 @needs_compiler

@@ -24,7 +24,7 @@ from qsm_lightning.plain import generators_state, load_generators_state
 from qsm_lightning.replay import Storage, make_replay_buffer
 from tests.compare import state
 from tests.conftest import Command
-from tests.helpers import SHRINK, needs_compiler, needs_gpu, replay_batch
+from tests.helpers import SHIPPED, SHRINK, needs_compiler, needs_gpu, replay_batch
 from tests.processes import fit
 
 pytestmark = needs_gpu
@@ -66,7 +66,7 @@ def check_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     "loss",
     [
         QSM,
-        partial(QSM, m_q="auto", score_at="denoised"),
+        SHIPPED,
         pytest.param(
             SAC,
             marks=pytest.mark.xfail(
@@ -98,7 +98,7 @@ def test_a_graph_does_what_was_captured(loss: Callable[..., OffPolicyLoss]) -> N
 
 
 @needs_compiler
-@pytest.mark.parametrize("loss", [QSM, partial(QSM, m_q="auto", score_at="denoised"), TD3])
+@pytest.mark.parametrize("loss", [QSM, SHIPPED, TD3])
 def test_captured_updates_equal_plain_ones(loss: Callable[..., OffPolicyLoss]) -> None:
     """In float64: in float32 a thousand updates make 1e-2 of what two orders of summation differ by."""
     batches, ends = some_batches(torch.float64), []

@@ -78,9 +78,8 @@ class NoiseSchedule(nn.Module):
             "inv_sqrt_alphas": alphas.rsqrt(),
         }
         # the same as numbers, for one t at a time
-        self._steps: list[tuple[float, float]] = torch.stack(
-            [coefficients["eps_coefs"], coefficients["inv_sqrt_alphas"]], 1
-        ).tolist()
+        numbers = (coefficients[name].tolist() for name in ("eps_coefs", "inv_sqrt_alphas"))
+        self._steps: list[tuple[float, float]] = list(zip(*numbers, strict=True))
         self.sigmas: list[float] = betas.sqrt().tolist()
         for key, value in coefficients.items():
             self.register_buffer(key, value.to(torch.get_default_dtype()), persistent=False)

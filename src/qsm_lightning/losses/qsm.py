@@ -110,23 +110,29 @@ class QSMLoss(DiffusionLoss):
 
         With ``bc_coef``, that times mean (eps_theta - z)^2 is added.
         """
-        eps, g = self.predicted(observation, action, t, noise)
+        noisy = self.schedule.add_noise(action, t, noise)
+        eps = self.predicted_noise(observation, noisy, t)
+        g = self.slopes(observation, action, noisy, t, eps)
         loss = (eps + self.scale(g, t) * g).square().mean()
         if self.bc_coef > 0:
             loss = loss + self.bc_coef * (eps - noise).square().mean()
         return loss, eps, g
 
-    def predicted(self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """eps_theta(s, a_t, t) [B, A], and the critics' gradient g [B, A] where ``score_at`` has it."""
-        noisy = self.schedule.add_noise(action, t, noise)
-        eps = eps_given(self.denoiser, observation, self.schedule.T)(noisy, t).to(noisy)
+    def predicted_noise(self, observation: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """eps_theta(s, a_t, t), [B, A]."""
+        return eps_given(self.denoiser, observation, self.schedule.T)(noisy, t).to(noisy)
+
+    @torch.no_grad()
+    def slopes(
+        self, observation: Tensor, action: Tensor, noisy: Tensor, t: Tensor, eps: Tensor | None = None
+    ) -> Tensor:
+        """The critics' gradient g [B, A] where ``score_at`` has it; ``eps`` is the predicted noise, if it is known."""
         if self.score_at == "noisy":
-            at = noisy
-        elif self.score_at == "clean":
-            at = action
-        else:
-            at = self.schedule.reverse_mean(noisy, t, eps.detach()).clamp(-1, 1)
-        return eps, self.q_gradient(observation, at)
+            return self.q_gradient(observation, noisy)
+        if self.score_at == "clean":
+            return self.q_gradient(observation, action)
+        eps = self.predicted_noise(observation, noisy, t) if eps is None else eps
+        return self.q_gradient(observation, self.schedule.reverse_mean(noisy, t, eps).clamp(-1, 1))
 
     def scale(self, g: Tensor, t: Tensor) -> float | Tensor:
         """M_q, or what stands in its place, for slopes g [B, A] at steps t [B]: a number, [1] or [B, 1]."""
@@ -168,13 +174,13 @@ class QSMLoss(DiffusionLoss):
         schedule = self.schedule
         t = torch.zeros(len(action), dtype=torch.long, device=action.device)
         noisy = schedule.add_noise(action, t, noise)
-        begin = schedule.reverse_mean(noisy, 0, torch.zeros_like(noisy)).clamp(-1, 1)
+        begin = (noisy * schedule.inv_sqrt_alphas[0]).clamp(-1, 1)
         if self.score_at == "noisy":
             g = self.q_gradient(observation, noisy)
             eps = -m_q * g
         else:
             g = self.q_gradient(observation, begin)
-            eps = eps_given(self.denoiser, observation, schedule.T)(noisy, t).to(g)
+            eps = self.predicted_noise(observation, noisy, t)
         reached = schedule.reverse_mean(noisy, 0, eps)
         end = reached.clamp(-1, 1)
         moved = end - begin
@@ -187,8 +193,7 @@ class QSMLoss(DiffusionLoss):
         few = tensordict[::EVERY]
         observation, action = few[self.tensor_keys.observation], few[self.tensor_keys.action]
         t = self._steps(action)
-        with torch.no_grad():
-            _, g = self.predicted(observation, action, t, torch.randn_like(action))
+        g = self.slopes(observation, action, self.schedule.add_noise(action, t, torch.randn_like(action)), t)
         m_q = cast(Tensor, self.scale(g, t))
         rho = self.slope_left(observation, action, torch.randn_like(action), m_q)
         loss = -((rho.clamp(-1, 1) - self.m_q_slope) * self.log_size).sum()
