@@ -109,7 +109,7 @@ def fit_qsm(critics: nn.Module, settings: dict[str, Any], frames: TensorDictBase
     loss = QSM(frames["observation"].shape[-1], frames["action"].shape[-1], T=steps, **settings)
     loss.critics = critics
     optimizers = {
-        term: torch.optim.Adam([p for m in loss.term_modules(term) for p in m.parameters()], lr)
+        term: torch.optim.Adam(loss.term_parameters(term), lr)
         for term, lr in (("m_q", loss.learning_rates["m_q"]), ("actor", 1e-3))
     }
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers["actor"], updates)

@@ -86,10 +86,7 @@ def replay_batch(batch: int, observation: int) -> TensorDict:
 
 def optimizers(loss: OffPolicyLoss) -> dict[str, Adam]:
     """As ``OffPolicyModule.configure_optimizers`` makes them."""
-    return {
-        term: Adam([p for module in loss.term_modules(term) for p in module.parameters()], 3e-4, fused=True)
-        for term in loss.terms
-    }
+    return {term: Adam(loss.term_parameters(term), 3e-4, fused=True) for term in loss.terms}
 
 
 def plain_update(loss: OffPolicyLoss, batch: TensorDictBase) -> Callable[[], None]:

@@ -131,7 +131,7 @@ def test_gradients_at_the_default_size_are_the_same_every_time(fast: bool) -> No
     parameters = list(loss.denoiser.parameters())
 
     def gradients(batch: TensorDictBase) -> list[Tensor]:
-        value, _, _ = loss.score_matching(batch["observation"], batch["action"], t, noise)
+        value, *_ = loss.score_matching(batch["observation"], batch["action"], t, noise)
         return list(torch.autograd.grad(value, parameters))
 
     call = compiled.compiled(gradients) if fast else gradients

@@ -302,7 +302,7 @@ def test_bad_input_ends_in_a_sentence(tmp_path: Path) -> None:
         (["--gamma", "1"], "--gamma is 1: it must be above 0 and at most 0.999"),
         (["--gamma", "0"], "--gamma is 0"),
         (["--rounds", "0"], "--rounds is 0: it must be at least 1"),
-        (["--seed", "-1"], "--seed is -1: it must not be negative"),
+        (["--seed", "-1"], "--seed is -1: it must be from 0"),
         (["--map", str(tmp_path / "none")], "--map is .*none.*No such file.*name a text file"),
         (["--map", str(tmp_path)], "--map is .*Is a directory"),
         (["--map", str(tmp_path / "bytes")], "--map is .*not UTF-8"),

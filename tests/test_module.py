@@ -38,13 +38,18 @@ def test_each_optimizer_holds_its_terms_parameters_at_its_rate() -> None:
 
 @pytest.mark.parametrize("decay", [0, 10])
 def test_the_actors_rate_follows_a_cosine_to_zero_and_stays_there(decay: int) -> None:
-    module = OffPolicyModule(3, 2, SMALL, actor_lr=2e-3, actor_lr_decay_updates=decay)
-    (_, actor), (scheduler,) = module.configure_optimizers()
+    """And so does that of M_q, which adapts to it."""
+    adapting = partial(SMALL, m_q="auto", m_q_lr=1e-2)
+    module = OffPolicyModule(3, 2, adapting, actor_lr=2e-3, actor_lr_decay_updates=decay)
+    (critic, *others), schedulers = module.configure_optimizers()
+    assert [scheduler.optimizer for scheduler in schedulers] == others
     for update in range(15):
-        expected = 2e-3 * (0.5 * (1 + math.cos(math.pi * min(update, decay) / decay)) if decay else 1)
-        assert actor.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-12)
-        actor.step()
-        scheduler.step()
+        left = 0.5 * (1 + math.cos(math.pi * min(update, decay) / decay)) if decay else 1
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in (critic, *others)]
+        assert rates == pytest.approx([3e-4, 2e-3 * left, 1e-2 * left], abs=1e-12)
+        for optimizer, scheduler in zip(others, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
 
 
 def clipped(gradients: list[torch.Tensor], value: float, algorithm: str | None) -> list[torch.Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from tensordict import TensorDict, TensorDictBase
 from qsm_lightning import checkpoints, datasets
 from qsm_lightning.commands import collect
 from qsm_lightning.commands.base import write_results
-from qsm_lightning.commands.trained import Trained
+from qsm_lightning.commands.trained import Trained, load
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM, SAC
@@ -448,7 +450,9 @@ def test_a_trained_policys_transitions_are_enough_to_learn_from(command: Command
 # qsm-collect.
 
 
-def test_collected_transitions(tmp_path: Path, capsys: pytest.CaptureFixture[str], full_disk: FullDisk) -> None:
+def test_collected_transitions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, full_disk: FullDisk
+) -> None:
     """As many as asked for, of whole episodes in order; the same again from the same seed; random ones at first."""
     run = trained(tmp_path, "--config=pendulum", *SHRINK, "--model.compile=false")
     capsys.readouterr()
@@ -461,9 +465,18 @@ def test_collected_transitions(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert one["next", "done"].squeeze(-1).nonzero().flatten().tolist() == [199, 399]
     inside = ~one["next", "done"].squeeze(-1)[:-1]
     assert torch.equal(one["next", "observation"][:-1][inside], one["observation"][1:][inside])
-    collect.run([str(run), "--frames=450", f"--out={tmp_path / 'three.npz'}", "--seed=1"])
-    policy = datasets.load(str(tmp_path / "three.npz"), 3, 1)
-    assert not equal(one, policy)
+    for name, option in (("three", "--seed=1"), ("four", "--random=0")):
+        collect.run([str(run), "--frames=450", f"--out={tmp_path / name}.npz", "--random=0.5", option])
+        assert not equal(one, datasets.load(str(tmp_path / f"{name}.npz"), 3, 1))
+    first, rest = (part.flatten().sort().values for part in one["action"].split(225))
+    uniform = torch.linspace(-1, 1, 225)
+    assert (first - uniform).abs().max() < 0.2
+    assert (rest - uniform).abs().max() > 0.3
+    with caplog.at_level(logging.WARNING):
+        datasets.load(str(tmp_path / "one.npz"), 3, 1, env="Pendulum-v1")
+        assert not caplog.text
+        datasets.load(str(tmp_path / "one.npz"), 3, 1, env="Pendulum-v0")
+    assert "it was made in Pendulum-v1, and data.env is Pendulum-v0" in caplog.text
     with pytest.raises(SettingError, match=r"--frames is 100000000000000: that takes .* TiB of memory.*give fewer"):
         collect.run([str(run), f"--frames={10**14}", f"--out={tmp_path / 'four.npz'}"])
     full_disk(tmp_path)
@@ -471,6 +484,19 @@ def test_collected_transitions(tmp_path: Path, capsys: pytest.CaptureFixture[str
         collect.run([str(run), "--frames=5", f"--out={tmp_path / 'five.npz'}"])
     with pytest.raises(SettingError, match="--out is .*, which cannot be written .*No space left"):
         write_results(tmp_path, "", {"modes.json": b"{}"})
+
+
+def test_which_actions_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are evaluated, with averaged weights; the best by Q; those of training, with its own weights."""
+    settings = ("--model.compile=false", "--model.ema=0.999", "--model.loss.action_noise=0", "--model.actor_lr=0.01")
+    loaded = load(str(trained(tmp_path, "--config=pendulum", *SHRINK, *settings)))
+    found = {kind: collect.collect(loaded, 50, kind)[0] for kind in ("sample", "best_of_n", "exploration")}
+    critics = loaded.module.loss.critics
+    value = {kind: critics(frames["observation"], frames["action"]).min(0).values for kind, frames in found.items()}
+    assert value["best_of_n"][0] > value["sample"][0], "in the same state"
+    assert not equal(found["sample"], found["exploration"])
+    monkeypatch.setattr(OffPolicyModule, "averaged_weights", lambda _: nullcontext())
+    assert equal(collect.collect(loaded, 50, "sample")[0], found["exploration"])
 
 
 def test_actions_that_the_algorithm_lacks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

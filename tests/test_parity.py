@@ -126,7 +126,8 @@ def calculated(loss: QSMLoss, x: dict[str, Tensor]) -> dict[str, Tensor]:
     )
     out["critic_loss_1"], out["critic_loss_2"] = (loss.critics(observation, action) - y).square().mean(1)
     out["score/noisy_action"] = schedule.add_noise(action, x["score/t"], x["score/noise"])
-    out["score/loss"], _, out["score/q_grad"] = loss.score_matching(observation, action, x["score/t"], x["score/noise"])
+    found = loss.score_matching(observation, action, x["score/t"], x["score/noise"])
+    out["score/loss"], _, out["score/q_grad"], _ = found
     learned = {name: p for name, p in weights(loss).items() if not name.startswith("target") and p.requires_grad}
     of = {
         "denoiser": out["score/loss"],

@@ -60,7 +60,7 @@ def losses(loss: QSMLoss, batch: TensorDict, dtype: torch.dtype | None) -> Tenso
 
 @pytest.mark.parametrize("score_at", ["noisy", "clean", "denoised"])
 @pytest.mark.parametrize("case", CASES)
-def test_losses_in_bfloat16_are_within_two_percent_of_float32(case: str, score_at: str) -> None:
+def test_losses_in_bfloat16_are_within_two_percent_of_float32(case: str, score_at: Any) -> None:
     loss, x = rebuilt(case, torch.float32)
     loss.score_at = score_at
     full, low = (losses(loss, parity_batch(x), dtype) for dtype in (None, torch.bfloat16))

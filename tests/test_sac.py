@@ -53,7 +53,7 @@ def test_gradients_are_isolated(term: str) -> None:
     value, metrics = loss.term_loss(term, batch)
     value.backward()
     for other in loss.terms:
-        parameters = [p for module in loss.term_modules(other) for p in module.parameters()]
+        parameters = loss.term_parameters(other)
         assert parameters
         assert all((p.grad is not None and bool(p.grad.any())) == (other == term) for p in parameters)
     assert not any(metric.requires_grad for metric in metrics.values())

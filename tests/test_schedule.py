@@ -61,3 +61,16 @@ def test_forward_process_has_the_moments_of_its_definition() -> None:
 def test_no_steps_is_refused(T: int) -> None:
     with pytest.raises(SettingError, match="T is"):
         NoiseSchedule("vp", T)
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_another_precision_is_rounded_from_float64_alone(name: str) -> None:
+    """So a number and an index for t give the same step, and the forward process is the reverse one's."""
+    s = NoiseSchedule(name, 7).double()  # type: ignore[arg-type]
+    exact = BETAS[name](7)
+    assert torch.equal(s.betas, exact)
+    assert torch.equal(s.alpha_hats, (1 - exact).cumprod(0))
+    noisy, eps = torch.randn(7, 2).double(), torch.randn(7, 2).double()
+    together = s.reverse_mean(noisy, torch.arange(7), eps)
+    assert torch.equal(together, torch.stack([s.reverse_mean(noisy[t], t, eps[t]) for t in range(7)]))
+    assert torch.equal(s.float().betas, exact.float())

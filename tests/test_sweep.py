@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
+from rich.console import Console
 
 from qsm_lightning import launching
 from qsm_lightning.commands import sweep
@@ -68,8 +71,10 @@ def test_the_plan_has_each_seed_of_all_before_the_next(tmp_path: Path) -> None:
         (["--seeds=0-999999999"], "--seeds.*at most"),
         (["--seeds=a"], "--seeds is 'a'"),
         (["--seeds=5000000000"], "--seeds is 5000000000: it must be from 0 to 4294967295"),
+        ([f"--seeds={'9' * 5000}"], "--seeds is '9+': write"),
         (["--jobs=0"], "--jobs is 0"),
         (["--vary=model.loss"], "--vary is 'model.loss': write KEY=A,B"),
+        (["--vary=model.ema=,0.9"], "--vary is 'model.ema=,0.9': write KEY=A,B.* and null for no value"),
         (["--vary=model.loss=sac,sac"], "two variants have the name 'loss=sac'"),
         (["--variant==x"], "--variant is '=x'"),
         (["--vary=model.loss=sac,sax"], "no such loss"),
@@ -78,6 +83,7 @@ def test_the_plan_has_each_seed_of_all_before_the_next(tmp_path: Path) -> None:
         (["--seed_everything", "3"], "--seed_everything is the same"),
         (["--vary=seed_everything=0,1"], "--seed_everything is the same"),
         (["--variant=a=--trainer.logger false"], "--trainer.logger is the same"),
+        (["--config=file"], "trainer.logger is set by qsm-sweep: leave it out of --config"),
         (["--variant=..=--data.utd 1"], "begins with no point"),
         (['--variant=a=--data.utd "1'], "mend the quotes"),
         (["--vary=model.loss=qsm,dacer", "--model.compile=true"], "model.compile is true"),
@@ -89,7 +95,7 @@ def test_what_is_refused_before_anything_runs(
     args: list[str], pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("file").write_text("a file")
+    Path("file").write_text("trainer: {logger: false}")
     with pytest.raises(SettingError, match=pattern):
         plan([*TINY, *args])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -179,6 +185,43 @@ def test_gpus_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     seen = {job.label: job.log.read_text().strip() for job in jobs}
     assert sorted(seen.pop(f"one/seed={seed}") for seed in (0, 1)) == ["3", "5"]
     assert set(seen.values()) == {"3,5"}
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
+    seen = {}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        running = sweep.Sweep([], 1)
+        running.run()
+        seen = {signum: signal.getsignal(signum) for signum in before}
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert seen.pop(signal.SIGHUP) is signal.SIG_IGN
+    assert set(seen.values()) == {running._interrupt}
+
+
+def test_the_table_of_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reasons stand there as they are; where lines are few, the runs that run or failed are the ones to be seen."""
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    jobs = [sweep.Job(f"hidden=[8,8]/seed={i}", tmp_path, [], 60) for i in range(40)]
+    for job in jobs[:20]:
+        job.state = "complete"
+    jobs[25].state, jobs[30].state = "running", "failed ([/pytorch/gloo/pair.cc:534] refused; 'qsm-lightning[modes]')"
+
+    def shown(height: int) -> str:
+        view = sweep.View(jobs)
+        view.console = Console(file=io.StringIO(), width=120, height=height)
+        view.console.print(view._table())
+        return cast(io.StringIO, view.console.file).getvalue()
+
+    assert all(f"hidden=[8,8]/seed={i} " in shown(50) for i in range(40))
+    few = shown(20)
+    assert "seed=25" in few
+    assert "[/pytorch/gloo/pair.cc:534] refused; 'qsm-lightning[modes]'" in few
+    assert re.search("20 runs +complete.*18 runs +waiting", few, re.DOTALL)
+    assert len(few.splitlines()) == 5
 
 
 def test_a_run_that_cannot_begin_is_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

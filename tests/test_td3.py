@@ -66,7 +66,7 @@ def test_gradients_are_isolated(term: str) -> None:
     loss = made()
     loss.term_loss(term, replay_batch())[0].backward()
     for other in loss.terms:
-        parameters = [p for module in loss.term_modules(other) for p in module.parameters()]
+        parameters = loss.term_parameters(other)
         assert parameters
         assert all((p.grad is not None and bool(p.grad.any())) == (other == term) for p in parameters)
 

@@ -6,8 +6,6 @@ import hashlib
 import importlib
 import io
 import logging
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ MINARI = "minari:"
 warn = rank_zero_only(logging.getLogger(__name__).warning)
 NEEDED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations", "time_steps")
+ENV = "env"  # the environment's name, in files of qsm-collect
 
 
 def load(source: str, observation_dim: int, action_dim: int, timed: bool = False, env: str = "") -> TensorDict:
@@ -51,7 +50,8 @@ def load(source: str, observation_dim: int, action_dim: int, timed: bool = False
     elif Path(source).is_dir():
         frames, made_in = _replay(Path(source))
     else:
-        frames = from_d4rl(_file(Path(source)), source)
+        arrays = _file(Path(source))
+        frames, made_in = from_d4rl(arrays, source), str(arrays.get(ENV, env))
     if env and made_in not in ("", env):
         warn("data.dataset is %r: it was made in %s, and data.env is %s", source, made_in, env)
     _check(frames, source, observation_dim, action_dim)
@@ -189,10 +189,10 @@ def _file(path: Path) -> Arrays:
     try:
         if h5py is None:
             with np.load(path) as file:  # arrays alone: pickled objects are refused
-                return {name: file[name] for name in names if name in file}
+                return {name: file[name] for name in (*names, ENV) if name in file}
         with h5py.File(path) as file:
             return {name: file[name][()] for name in names if name in file}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of many kinds, by how the file is damaged
         what = one_line(error)
         raise SettingError(f"data.dataset is {str(path)!r}: it cannot be read ({what}); choose another") from error
 
@@ -281,20 +281,21 @@ def _replay(folder: Path) -> tuple[TensorDict, str]:
     return TensorDict.cat(pieces), settings["env"]
 
 
-def save_npz(path: Path, frames: TensorDictBase) -> None:
-    """Write frames [N] in D4RL's layout, next_observations and timeouts included; whole or not at all."""
+def save_npz(path: Path, frames: TensorDictBase, env: str = "") -> None:
+    """Write frames [N] of ``env`` in D4RL's layout, next_observations and timeouts included; whole or not at all."""
     following = frames["next"]
     terminated = following["terminated"].squeeze(-1)
     timed = TIME_STEP_KEY in frame_keys(frames)
+    arrays: dict[str, Any] = {
+        "observations": frames["observation"].numpy(),
+        "actions": frames["action"].numpy(),
+        "rewards": following["reward"].squeeze(-1).numpy(),
+        "terminals": terminated.numpy(),
+        "timeouts": (following["done"].squeeze(-1) & ~terminated).numpy(),
+        "next_observations": following["observation"].numpy(),
+    }
+    arrays |= {"time_steps": following[TIME_STEP].squeeze(-1).numpy()} if timed else {}
+    arrays |= {ENV: np.array(env)} if env else {}
     file = io.BytesIO()
-    np.savez_compressed(
-        file,
-        observations=frames["observation"].numpy(),
-        actions=frames["action"].numpy(),
-        rewards=following["reward"].squeeze(-1).numpy(),
-        terminals=terminated.numpy(),
-        timeouts=(following["done"].squeeze(-1) & ~terminated).numpy(),
-        next_observations=following["observation"].numpy(),
-        **({"time_steps": following[TIME_STEP].squeeze(-1).numpy()} if timed else {}),
-    )
+    np.savez_compressed(file, **arrays)
     durable.write_file(path, file.getvalue())

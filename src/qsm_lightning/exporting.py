@@ -72,12 +72,12 @@ def exported(policy: Policy, observation_dim: int, file_format: str, metadata: d
     program = traced(policy, observation_dim)
     try:
         content = WRITERS[file_format](program, metadata)
+        found = reader(file_format, content)
     except Exception as error:  # of many kinds
         raise SettingError(
-            f"--format is {file_format}, which torch cannot write for {type(policy).__name__} ({first_line(error)}): "
-            "try the other one, or another version of torch"
+            f"--format is {file_format}, which cannot be written and read here for {type(policy).__name__} "
+            f"({first_line(error)}): try the other one, or other versions of torch and onnxruntime"
         ) from error
-    found = reader(file_format, content)
     if found is None:
         return content, "onnx.checker alone, as onnxruntime is not installed"
     runtime, act = found

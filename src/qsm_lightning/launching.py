@@ -19,7 +19,7 @@ from qsm_lightning.env_faults import end_without
 from qsm_lightning.errors import require
 
 GRACE = 15.0  # seconds
-SWEEP = "QSM_SWEEP"  # tells a process that qsm-sweep has started it
+SWEEP = "QSM_SWEEP"  # tells a process which qsm-sweep has started it
 STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
 
 
@@ -133,7 +133,7 @@ def end_with_parent() -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) > 0 and launched() is None:
         threading.Thread(target=end_without, args=(os.getppid(), GRACE), daemon=True).start()
     elif SWEEP in os.environ:
-        threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_stop_without, args=(int(os.environ[SWEEP]),), daemon=True).start()
 
 
 def _stop_without(parent: int) -> None:

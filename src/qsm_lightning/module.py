@@ -340,9 +340,8 @@ class OffPolicyModule(LightningModule):
         }
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[LRScheduler]]:
-        """Adam for every term of the loss: ``critic_lr`` for qvalue; ``actor_lr``, with its decay, for others.
-
-        A rate that the loss has for a term goes before.
+        """Adam for every term of the loss: ``critic_lr`` for qvalue; ``actor_lr`` for others, or the rate that the loss
+        has for a term. All but that of qvalue decay: what adapts to the denoiser has to stop with it.
         """
         rates = self.loss.learning_rates
         decay = self.hparams["actor_lr_decay_updates"]
@@ -354,7 +353,7 @@ class OffPolicyModule(LightningModule):
 
         optimizers = {
             term: Adam(
-                [p for module in self.loss.term_modules(term) for p in module.parameters()],
+                self.loss.term_parameters(term),
                 rates.get(term, self.hparams["critic_lr"] if term == "qvalue" else self.hparams["actor_lr"]),
                 fused=fused,
             )
@@ -362,8 +361,7 @@ class OffPolicyModule(LightningModule):
         }
         for term in self.loss.every.keys() & optimizers.keys():
             optimizers[term]._opt_called = True  # type: ignore[attr-defined]  # schedules ask for a step before theirs
-        constant = {"qvalue", *rates}
-        decayed: list[LRScheduler] = [LambdaLR(o, cosine) for term, o in optimizers.items() if term not in constant]
+        decayed: list[LRScheduler] = [LambdaLR(o, cosine) for term, o in optimizers.items() if term != "qvalue"]
         return list(optimizers.values()), decayed
 
     # The average of the denoiser's weights.

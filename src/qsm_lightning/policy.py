@@ -86,6 +86,8 @@ class BestOfNPolicy(DiffusionPolicy):
         n: number of candidates.
     """
 
+    MOST = 10_000  # candidates: memory grows with them
+
     def __init__(self, sampler: Sampler, critics: nn.Module, n: int) -> None:
         super().__init__(sampler)
         self.critics = critics

@@ -40,7 +40,7 @@ BETAS: dict[str, Callable[[int], Tensor]] = {"vp": vp_betas, "cosine": cosine_be
 
 
 class NoiseSchedule(nn.Module):
-    """Coefficients of the forward and the reverse process, each a buffer of shape [T].
+    """Coefficients of the forward and the reverse process, each a buffer [T]; ``sigmas`` is a list of T numbers.
 
     Args:
         name: ``vp``, ``cosine`` or ``linear``.
@@ -81,8 +81,16 @@ class NoiseSchedule(nn.Module):
         numbers = (coefficients[name].tolist() for name in ("eps_coefs", "inv_sqrt_alphas"))
         self._steps: list[tuple[float, float]] = list(zip(*numbers, strict=True))
         self.sigmas: list[float] = betas.sqrt().tolist()
+        self._exact = coefficients
         for key, value in coefficients.items():
             self.register_buffer(key, value.to(torch.get_default_dtype()), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseSchedule:
+        """As ``nn.Module`` does, but that in another precision the coefficients are rounded from float64 alone."""
+        super()._apply(fn, recurse)
+        for key, exact in self._exact.items():
+            getattr(self, key).copy_(exact)
+        return self
 
     @property
     def T(self) -> int:
@@ -94,8 +102,7 @@ class NoiseSchedule(nn.Module):
         return self.sqrt_alpha_hats[t, None] * action + self.sqrt_one_minus_alpha_hats[t, None] * noise
 
     def reverse_mean(self, noisy: Tensor, t: int | Tensor, eps: Tensor) -> Tensor:
-        """The reverse process: a_t ``noisy`` [B, A] at ``t``, a number or [B], with predicted noise -> mean [B, A]."""
-        if isinstance(t, int):
-            coef, scale = self._steps[t]
-            return (noisy - coef * eps) * scale
-        return (noisy - self.eps_coefs[t, None] * eps) * self.inv_sqrt_alphas[t, None]
+        """The reverse process: a_t ``noisy`` [B, A] at ``t``, a number or [B], and its noise ``eps`` [B, A] -> mean."""
+        number = isinstance(t, int)
+        coef, scale = self._steps[t] if number else (self.eps_coefs[t, None], self.inv_sqrt_alphas[t, None])
+        return (noisy - coef * eps) * scale

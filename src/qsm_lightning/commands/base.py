@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import select
@@ -18,6 +19,9 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from qsm_lightning import durable, runs
 from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault
+
+# Of paths that were given: in another user's folder, or longer than names may be.
+UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +48,10 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
         _stop(prog, stop, "what it prints is no longer read", 128 + signal.SIGPIPE)
     except SettingError as error:
         _stop(prog, error, str(error), 2)
+    except OSError as error:
+        if error.errno not in UNREACHABLE or error.filename is None:
+            raise
+        _stop(prog, error, f"{str(error.filename)!r} cannot be looked at ({error.strerror}): choose another", 2)
     except EnvironmentFault as error:
         _stop(prog, error, f"{error}{runs.and_now(error.checkpoint) if prog == 'qsm-fit' else ''}", 3)
     except TrainingFault as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require
 from qsm_lightning.replay import frame_bytes, make_replay_buffer
 from qsm_lightning.resources import available_memory, readable
-from qsm_lightning.seeding import Purpose, derive_seed
+from qsm_lightning.seeding import Purpose, check_seed, derive_seed
 
 
 def main(args: list[str] | None = None) -> None:
@@ -37,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         "--actions",
         choices=("sample", "best_of_n", "exploration"),
         default="sample",
-        help="one sample a step, the best of 32 by Q, or with the noise of training (sample)",
+        help="as it is evaluated, one sample a step (of SAC its mean) or the best of 32 by Q, or with the noise of "
+        "training (sample)",
     )
     parser.add_argument("--random", type=float, default=0.0, help="share of frames with uniform random actions (0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of starts and noise (0)")
@@ -57,10 +59,12 @@ def collect(
         seed: of starts and noise.
     """
     loss = trained.module.loss
-    policy = loss.exploration_policy() if actions == "exploration" else loss.evaluation_policy(actions)
+    exploring = actions == "exploration"
+    policy = loss.exploration_policy() if exploring else loss.evaluation_policy(actions)
     env = make_env(trained.env)
     seen, buffer = RecentExperience(), make_replay_buffer(frames)
-    with torch.random.fork_rng(), trained.module.averaged_weights():
+    weights = nullcontext() if exploring else trained.module.averaged_weights()  # training explores without
+    with torch.random.fork_rng(), weights:
         torch.manual_seed(derive_seed(seed, 0, Purpose.DATASET_NOISE))
         env.set_seed(derive_seed(seed, 0, Purpose.DATASET_ENV))
         collector = make_collector(env, policy, 1, round(random * frames))
@@ -76,7 +80,7 @@ def run(args: list[str] | None = None) -> None:
     options = _parser().parse_args(args)
     require(options.frames > 0, f"--frames is {options.frames}: it must be greater than 0")
     require(0 <= options.random <= 1, f"--random is {options.random}: it must be between 0 and 1")
-    require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
+    check_seed(options.seed, "--seed")
     require(options.out.suffix == ".npz", f"--out is {str(options.out)!r}: give a file that ends in .npz")
     durable.check_writable(options.out, "--out")
     trained = load(options.checkpoint, options.trust)
@@ -97,7 +101,7 @@ def run(args: list[str] | None = None) -> None:
     frames, seen = collect(trained, options.frames, options.actions, options.random, options.seed)
     with durable.writing(options.out, "--out"):
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        datasets.save_npz(options.out, frames)
+        datasets.save_npz(options.out, frames, trained.env)
     print(f"checkpoint: {trained.name}\nenv: {trained.env}\nframes: {len(frames)}\nepisodes: {len(seen.returns)}")
     if seen.returns:
         print(f"mean return: {sum(seen.returns) / len(seen.returns):.2f}")

@@ -13,7 +13,7 @@ from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require
 from qsm_lightning.evaluation import run_episodes, summary
 from qsm_lightning.recording import check_renderable, check_video_path, record_episode, write_video
-from qsm_lightning.seeding import Purpose, derive_seed
+from qsm_lightning.seeding import Purpose, check_seed, derive_seed
 
 
 def main(args: list[str] | None = None) -> None:
@@ -36,7 +36,7 @@ def run(args: list[str] | None = None) -> None:
     """Parse, evaluate and print."""
     options = _parser().parse_args(args)
     require(options.episodes > 0, f"--episodes is {options.episodes}: it must be greater than 0")
-    require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
+    check_seed(options.seed, "--seed")
     if options.video:
         check_video_path(options.video)
     trained = load(options.checkpoint, options.trust)

@@ -11,6 +11,7 @@ from qsm_lightning import durable
 from qsm_lightning.commands.base import Parser, run_command, write_results
 from qsm_lightning.errors import SettingError, require
 from qsm_lightning.figures import png
+from qsm_lightning.seeding import check_seed
 from qsm_lightning.theory.gridworld import MAP, Gridworld, Round, entropy, policy_iteration, reaches_goal, read_map
 from qsm_lightning.theory.gridworld_picture import draw_gridworld
 
@@ -51,7 +52,7 @@ def run(args: list[str] | None = None) -> None:
         require(1e-3 <= alpha <= 1e3, f"--alpha has {alpha:g}: it must be from 0.001 to 1000")
     require(0 < options.gamma <= 0.999, f"--gamma is {options.gamma:g}: it must be above 0 and at most 0.999")
     require(options.rounds >= 1, f"--rounds is {options.rounds}: it must be at least 1")
-    require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
+    check_seed(options.seed, "--seed")
     folder = Path(options.out)
     durable.check_writable(folder / "gridworld.json", "--out")
     text = MAP if options.map is None else _read(options.map)

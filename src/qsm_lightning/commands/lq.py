@@ -14,6 +14,7 @@ from qsm_lightning import durable
 from qsm_lightning.commands.base import Parser, run_command, write_results
 from qsm_lightning.errors import require, require_package
 from qsm_lightning.figures import png
+from qsm_lightning.seeding import check_seed
 
 if TYPE_CHECKING:
     from qsm_lightning.theory.time_steps import Point
@@ -65,7 +66,7 @@ def run(args: list[str] | None = None) -> None:
         for step in steps:
             require(SHORTEST <= step <= LONGEST, f"{name} has {step}: it must be from {SHORTEST} to {LONGEST}")
     require(options.updates >= 0, f"--updates is {options.updates}: it must not be negative")
-    require(0 <= options.seed < 2**63, f"--seed is {options.seed}: it must be from 0 to 2**63 - 1")
+    check_seed(options.seed, "--seed")
     folder = Path(options.out)
     durable.check_writable(folder / "lq.json", "--out")
     require_package("scipy", "theory", "qsm-lq")

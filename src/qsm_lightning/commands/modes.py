@@ -20,7 +20,9 @@ from qsm_lightning.errors import require, require_package
 from qsm_lightning.figures import png
 from qsm_lightning.modes import Modes, Sampled, find_modes, spread
 from qsm_lightning.modes_picture import draw_modes
-from qsm_lightning.seeding import Purpose, derive_seed
+from qsm_lightning.seeding import Purpose, check_seed, derive_seed
+
+MOST = 100_000  # samples
 
 
 def main(args: list[str] | None = None) -> None:
@@ -60,8 +62,8 @@ def _steps(text: str) -> list[int]:
 def run(args: list[str] | None = None) -> None:
     """Parse, sample, count, draw, write and print."""
     options = _parser().parse_args(args)
-    require(options.samples >= 50, f"--samples is {options.samples}: modes are counted from at least 50")
-    require(options.seed >= 0, f"--seed is {options.seed}: it must not be negative")
+    require(50 <= options.samples <= MOST, f"--samples is {options.samples}: modes are counted of 50 to {MOST}")
+    check_seed(options.seed, "--seed")
     require_package("sklearn", "modes", "qsm-modes")
     if options.projection == "umap":
         require_package("umap", "umap", "--projection is umap")

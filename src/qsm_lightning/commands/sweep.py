@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from qsm_lightning import checkpoints, cli, durable, launching, resume, runs
 from qsm_lightning.commands.base import Parser, run_command
@@ -157,7 +159,7 @@ def seeds_of(text: str) -> list[int]:
     """
     found: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,19})(?:-(\d{1,19}))?\s*", part)
         if match is None or int(match[1]) > int(match[2] or match[1]):
             raise SettingError(f"--seeds is {text!r}: write 0-4 or 0,2,7")
         require(
@@ -192,7 +194,10 @@ def variants_of(vary: list[str], variants: list[str]) -> dict[str, list[str]]:
         key, equals, values = text.partition("=")
         key = key.removeprefix("--")
         listed = re.findall(r"(?:\[[^]]*\]|[^,\[])+", values)  # a list in brackets is one value
-        require(bool(equals and key and listed), f"--vary is {text!r}: write KEY=A,B, such as model.loss=qsm,sac")
+        require(
+            bool(equals and key and listed) and not re.search("^,|,,|,$", values),
+            f"--vary is {text!r}: write KEY=A,B, such as model.loss=qsm,sac, and null for no value",
+        )
         short = key.rpartition(".")[2]
         choices.append([(f"{short}={value}", [f"--{key}={value}"]) for value in listed])
     names: dict[str, list[str]] = {}
@@ -241,11 +246,14 @@ def plan(args: list[str] | None = None) -> tuple[list[Job], int]:
         given = [*_config_first([*shared, *varied]), f"--trainer.default_root_dir={out}"]
         built = cli.build(given)
         built.datamodule.env.close()
+        trainer = built.config["trainer"]
+        for own in ("logger", "enable_checkpointing"):  # what a configuration may have as well
+            require(trainer[own] in (None, True), f"trainer.{own} is set by qsm-sweep: leave it out of --config")
         for seed in seeds:
             label = "/".join(filter(None, (name, f"seed={seed}")))
             each = [*given, f"--name={label}", f"--seed_everything={seed}"]
             durable.check_writable(out / label / "log.txt", "--out")
-            one_gpu = built.config["trainer"]["devices"] == "auto"
+            one_gpu = trainer["devices"] == "auto"
             job = Job(label, out / label, each, built.datamodule.total_frames, one_gpu)
             job.go_on(built.identity() | {"seed_everything": seed}, built.datamodule)
             jobs[seed].append(job)
@@ -287,7 +295,8 @@ class Sweep:
             TrainingFault: when runs have failed, at the end of the others.
         """
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signum, self._interrupt)
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(signum, self._interrupt)
         with ThreadPoolExecutor(self.at_once) as pool, View(self.jobs) as show:
             futures = [pool.submit(self._train, job) for job in self.jobs]
             while not all(future.done() for future in futures):
@@ -331,7 +340,7 @@ class Sweep:
 
     def _run(self, job: Job, gpu: dict[str, str]) -> None:
         threads = str(max(1, (os.cpu_count() or 1) // self.at_once))
-        env = {"OMP_NUM_THREADS": threads, **os.environ, **gpu, launching.SWEEP: "1"}
+        env = {"OMP_NUM_THREADS": threads, **os.environ, **gpu, launching.SWEEP: str(os.getpid())}
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
             with job.log.open("a") as log:
@@ -365,8 +374,8 @@ class View:
     def __init__(self, jobs: list[Job]) -> None:
         self.jobs = jobs
         self.said: dict[str, tuple[str, str]] = {}
-        console = Console()
-        self.live = Live(self._table(), console=console, auto_refresh=False) if console.is_terminal else None
+        self.console = Console()
+        self.live = Live(self._table(), console=self.console, auto_refresh=False) if self.console.is_terminal else None
 
     def __enter__(self) -> Any:
         if self.live:
@@ -396,9 +405,17 @@ class View:
                 yield job
 
     def _table(self) -> Table:
+        """All runs; where the terminal has too few lines, how many are complete or waiting, and the others."""
         table = Table("run", "", "frames", "return", "frames/s", box=None)
-        for job in self.jobs:
-            table.add_row(job.label, job.state, f"{job.frames}/{job.total_frames}", job.value, job.speed)
+        jobs, counts = self.jobs, Counter[str]()
+        if len(jobs) + 2 > self.console.height:
+            counts = Counter(job.state for job in jobs if job.state in ("complete", "waiting"))
+            jobs = [job for job in jobs if job.state not in counts]
+        for job in jobs:
+            cells = (job.label, job.state, f"{job.frames}/{job.total_frames}", job.value, job.speed)
+            table.add_row(*map(Text, cells))  # a label or a reason may have brackets, which are markup in a string
+        for state, count in counts.items():
+            table.add_row(Text(f"{count} runs"), Text(state))
         return table
 
 

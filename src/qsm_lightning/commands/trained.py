@@ -16,6 +16,7 @@ from qsm_lightning.collect import Progress
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError, one_line, require
 from qsm_lightning.module import OffPolicyModule
+from qsm_lightning.policy import BestOfNPolicy
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Trained:
         """
         loss = self.module.loss
         require(candidates > 0, f"--candidates is {candidates}: it must be greater than 0")
+        most = BestOfNPolicy.MOST
+        require(candidates <= most, f"--candidates is {candidates}: it must be at most {most}")
         require(
             selector in loss.selectors,
             f"--selector is {selector}: {type(loss).__name__} has {' and '.join(loss.selectors)}",
@@ -67,7 +70,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, several: bool = False) -> No
         "checkpoint",
         metavar="RUN_OR_CHECKPOINT",
         nargs="+" if several else None,
-        help="a run's folder (its best checkpoint) or a .ckpt",
+        help="a run's folder (its best checkpoint), or a checkpoint's",
     )
     parser.add_argument(
         "--trust", action="store_true", help="also load settings that name code outside of the packages trusted"

@@ -33,7 +33,7 @@ class OffPolicyLoss(LossModule):
     ``x_loss(tensordict) -> (loss, detached metrics)`` and lists its modules in ``term_modules(x)``; the trainer makes
     one optimizer per term. Networks, targets and the maths are the loss's own; how often and with what they are
     stepped is not. ``every`` says of terms, and of ``targets``, at which updates they are stepped where that is not
-    all of them: at every second, say. ``learning_rates`` are of terms that have one of their own, which is constant;
+    all of them: at every second, say. ``learning_rates`` are of terms that have one of their own;
     ``actor_lr_decay_updates`` is what the trainer's setting of that name is by default.
     ``selectors`` are the kinds of :meth:`evaluation_policy` that there are. With a ``window`` of more than 1, each
     entry of a replay batch is that many consecutive frames (:meth:`~qsm_lightning.replay.FrameBuffer.sample_windows`).
@@ -104,6 +104,10 @@ class OffPolicyLoss(LossModule):
     @abstractmethod
     def term_modules(self, term: str) -> list[nn.Module]:
         """The modules whose parameters ``term`` trains."""
+
+    def term_parameters(self, term: str) -> list[nn.Parameter]:
+        """The parameters that ``term`` trains."""
+        return [p for module in self.term_modules(term) for p in module.parameters()]
 
     def check_env(self, env: EnvBase) -> None:
         """Raise :class:`SettingError` when the environment lacks something that this algorithm needs of it."""

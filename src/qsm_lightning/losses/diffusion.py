@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qsm_lightning.errors import require, require_not_negative
 from qsm_lightning.losses.base import Metrics, OffPolicyLoss, check_gamma, check_tau, polyak_update
-from qsm_lightning.networks import Critics, Denoiser
+from qsm_lightning.networks import Critics, Denoiser, eps_given
 from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, Policy, add_action_noise
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
@@ -143,6 +143,14 @@ class DiffusionLoss(OffPolicyLoss):
             return (q.min(0).values if self.q_grad == "min_q" else q.mean(0)).sum()
 
         return torch.func.grad(value)(action)
+
+    def random_steps(self, action: Tensor) -> Tensor:
+        """t [B], uniform on 0, ..., T - 1."""
+        return torch.randint(self.schedule.T, (len(action),), device=action.device)
+
+    def predicted_noise(self, observation: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """eps_theta(s, a_t, t) [B, A] for a_t ``noisy`` [B, A] at steps ``t`` [B]."""
+        return eps_given(self.denoiser, observation, self.schedule.T)(noisy, t).to(noisy)
 
     # What the trainer asks for.
 

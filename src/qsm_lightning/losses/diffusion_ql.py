@@ -19,7 +19,6 @@ from qsm_lightning.distributed import batch_mean
 from qsm_lightning.errors import require, require_not_negative
 from qsm_lightning.losses.base import Metrics, polyak_update
 from qsm_lightning.losses.diffusion import SizedDiffusionLoss, climb
-from qsm_lightning.networks import eps_given
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
 
@@ -73,7 +72,7 @@ class DiffusionQL(SizedDiffusionLoss):
     def cloning(self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """mean (eps_theta(s, a_t, t) - z)^2 for given ``t`` [B] and ``noise`` z [B, A]."""
         noisy = self.schedule.add_noise(action, t, noise)
-        return (eps_given(self.denoiser, observation, self.schedule.T)(noisy, t) - noise).square().mean()
+        return (self.predicted_noise(observation, noisy, t) - noise).square().mean()
 
     @full_precision
     def climbing(self, observation: Tensor, first: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ class DiffusionQL(SizedDiffusionLoss):
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """Cloning plus eta times climbing on a replay batch [B]."""
         observation, action = tensordict[self.tensor_keys.observation], tensordict[self.tensor_keys.action]
-        t = torch.randint(self.schedule.T, (len(action),), device=action.device)
+        t = self.random_steps(action)
         bc = self.cloning(observation, action, t, torch.randn_like(action))
         q = self.climbing(observation, torch.rand((), device=action.device) < 0.5)
         return bc + self.eta * q, {"bc_loss": bc.detach(), "q_loss": q.detach()}

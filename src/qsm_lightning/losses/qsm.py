@@ -18,7 +18,7 @@ from qsm_lightning.distributed import batch_mean
 from qsm_lightning.errors import require, require_not_negative, require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.diffusion import DiffusionLoss, SizedDiffusionLoss
-from qsm_lightning.networks import Denoiser, eps_given
+from qsm_lightning.networks import Denoiser
 from qsm_lightning.precision import full_precision
 from qsm_lightning.schedule import NoiseSchedule
 
@@ -105,33 +105,27 @@ class QSMLoss(DiffusionLoss):
 
     def score_matching(
         self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """mean (eps_theta(s, a_t, t) + M_q g)^2 for given ``t`` [B] and ``noise`` z [B, A] -> loss, eps, g.
+    ) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
+        """mean (eps_theta(s, a_t, t) + M_q g)^2 for given ``t`` [B] and ``noise`` z [B, A] -> loss, eps, g, M_q.
 
-        With ``bc_coef``, that times mean (eps_theta - z)^2 is added.
+        With ``bc_coef``, that times mean (eps_theta - z)^2 is added. eps and g are [B, A], M_q is as of :meth:`scale`.
         """
         noisy = self.schedule.add_noise(action, t, noise)
         eps = self.predicted_noise(observation, noisy, t)
         g = self.slopes(observation, action, noisy, t, eps)
-        loss = (eps + self.scale(g, t) * g).square().mean()
+        m_q = self.scale(g, t)
+        loss = (eps + m_q * g).square().mean()
         if self.bc_coef > 0:
             loss = loss + self.bc_coef * (eps - noise).square().mean()
-        return loss, eps, g
-
-    def predicted_noise(self, observation: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """eps_theta(s, a_t, t), [B, A]."""
-        return eps_given(self.denoiser, observation, self.schedule.T)(noisy, t).to(noisy)
+        return loss, eps, g, m_q
 
     @torch.no_grad()
-    def slopes(
-        self, observation: Tensor, action: Tensor, noisy: Tensor, t: Tensor, eps: Tensor | None = None
-    ) -> Tensor:
-        """The critics' gradient g [B, A] where ``score_at`` has it; ``eps`` is the predicted noise, if it is known."""
+    def slopes(self, observation: Tensor, action: Tensor, noisy: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """The critics' gradient g [B, A] where ``score_at`` has it, eps [B, A] being the predicted noise."""
         if self.score_at == "noisy":
             return self.q_gradient(observation, noisy)
         if self.score_at == "clean":
             return self.q_gradient(observation, action)
-        eps = self.predicted_noise(observation, noisy, t) if eps is None else eps
         return self.q_gradient(observation, self.schedule.reverse_mean(noisy, t, eps).clamp(-1, 1))
 
     def scale(self, g: Tensor, t: Tensor) -> float | Tensor:
@@ -145,13 +139,9 @@ class QSMLoss(DiffusionLoss):
         mean = batch_mean(g.abs())
         return torch.where(mean > 0, size / mean.clamp(min=torch.finfo(g.dtype).tiny), 0.0)
 
-    def _steps(self, action: Tensor) -> Tensor:
-        """t [B], uniform."""
-        return torch.randint(self.schedule.T, (len(action),), device=action.device)
-
     @torch.no_grad()
     @full_precision
-    def slope_left(self, observation: Tensor, action: Tensor, noise: Tensor, m_q: float | Tensor) -> Tensor:
+    def slope_left(self, observation: Tensor, action: Tensor, noise: Tensor, m_q: float | Tensor = 0.0) -> Tensor:
         r"""rho: the share of the critics' slope that is left where the last denoising step ends; scalar.
 
         From a_0 = sqrt(abar_0) a + sqrt(1 - abar_0) z the step goes from u = clip(a_0 / sqrt(alpha_0)) to v =
@@ -163,13 +153,13 @@ class QSMLoss(DiffusionLoss):
         .. math:: \rho = \sum_b g(v_b) \cdot D'_b / \sum_b g(w_b) \cdot D_b
 
         over the batch, w being a_0 with ``noisy``, else u: 1 where Q is linear along the step, 0 where it ends at the
-        top or a bound, negative beyond.
+        top or a bound, negative beyond; cut off at -1 and 1.
 
         Args:
             observation: s, [B, O].
             action: a, [B, A].
             noise: z, [B, A].
-            m_q: M_q, a number or [1].
+            m_q: M_q, a number or [1], which is for ``score_at: noisy``.
         """
         schedule = self.schedule
         t = torch.zeros(len(action), dtype=torch.long, device=action.device)
@@ -185,20 +175,22 @@ class QSMLoss(DiffusionLoss):
         end = reached.clamp(-1, 1)
         moved = end - begin
         free = moved * (reached == end)
+        whole = batch_mean((g * moved).sum(-1))  # below 0 where an untrained denoiser goes down
         left = batch_mean((self.q_gradient(observation, end) * free).sum(-1))
-        return left / batch_mean((g * moved).sum(-1)).clamp(min=torch.finfo(g.dtype).tiny)
+        return torch.where(whole != 0, left / whole, 0.0).clamp(-1, 1)
 
     def m_q_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """-(rho - m_q_slope) log size, rho held fixed: M_q grows while too much of the slope is left, else falls."""
         few = tensordict[::EVERY]
         observation, action = few[self.tensor_keys.observation], few[self.tensor_keys.action]
-        t = self._steps(action)
-        g = self.slopes(observation, action, self.schedule.add_noise(action, t, torch.randn_like(action)), t)
-        m_q = cast(Tensor, self.scale(g, t))
+        m_q: float | Tensor = 0.0
+        if self.score_at == "noisy":
+            t = self.random_steps(action)
+            noisy = self.schedule.add_noise(action, t, torch.randn_like(action))
+            m_q = self.scale(self.q_gradient(observation, noisy), t)
         rho = self.slope_left(observation, action, torch.randn_like(action), m_q)
-        loss = -((rho.clamp(-1, 1) - self.m_q_slope) * self.log_size).sum()
-        size = self.log_size.detach().exp()
-        return loss, {"m_q": m_q.squeeze(), "target_size": size.squeeze(), "slope_left": rho}
+        loss = -((rho - self.m_q_slope) * self.log_size).sum()
+        return loss, {"target_size": self.log_size.detach().exp().squeeze(), "slope_left": rho}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if state_dict.pop(f"{prefix}log_m_q", None) is not None:  # an older checkpoint's, which was M_q itself
@@ -211,9 +203,10 @@ class QSMLoss(DiffusionLoss):
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """Score matching at a random step of the schedule on a replay batch [B]; no gradient reaches the critics."""
         observation, action = tensordict[self.tensor_keys.observation], tensordict[self.tensor_keys.action]
-        t = self._steps(action)
-        loss, eps, g = self.score_matching(observation, action, t, torch.randn_like(action))
-        return loss, {"q_grad_norm": g.norm(dim=-1).mean(), "eps_norm": eps.detach().norm(dim=-1).mean()}
+        t = self.random_steps(action)
+        loss, eps, g, m_q = self.score_matching(observation, action, t, torch.randn_like(action))
+        metrics = {"q_grad_norm": g.norm(dim=-1).mean(), "eps_norm": eps.detach().norm(dim=-1).mean()}
+        return loss, metrics | ({"m_q": cast(Tensor, m_q).squeeze()} if self.m_q == "auto" else {})
 
 
 class QSM(SizedDiffusionLoss, QSMLoss):

@@ -18,7 +18,6 @@ from torch import Tensor
 from qsm_lightning.errors import require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.diffusion import SizedDiffusionLoss
-from qsm_lightning.networks import eps_given
 from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy
 from qsm_lightning.precision import full_precision
 
@@ -83,11 +82,11 @@ class SDAC(SizedDiffusionLoss):
         observation = tensordict[self.tensor_keys.observation]
         with torch.no_grad():
             action = self.next_action(observation)
-        t = torch.randint(self.schedule.T, (len(action),), device=action.device)
+        t = self.random_steps(action)
         noisy = self.schedule.add_noise(action, t, torch.randn_like(action))
         noise = torch.randn((self.reverse_samples, *action.shape), dtype=action.dtype, device=action.device)
         target = self.target_noise(observation, noisy, t, noise)
-        eps = eps_given(self.denoiser, observation, self.schedule.T)(noisy, t).to(target)
+        eps = self.predicted_noise(observation, noisy, t)
         loss = (eps - target).square().mean()
         return loss, {"target_norm": target.norm(dim=-1).mean(), "eps_norm": eps.detach().norm(dim=-1).mean()}
 

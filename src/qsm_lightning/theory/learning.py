@@ -148,10 +148,7 @@ def learn(
         torch.manual_seed(seed)
         loss = _loss(problem, problem.beta if beta is None else beta, critic)
         frames = _Paths(problem, dt, particles)
-        optimizers = [
-            torch.optim.Adam([p for module in loss.term_modules(term) for p in module.parameters()], learning_rate)
-            for term in loss.terms
-        ]
+        optimizers = [torch.optim.Adam(loss.term_parameters(term), learning_rate) for term in loss.terms]
         schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates) for optimizer in optimizers]
         learned = nn.ModuleList([loss.critics, loss.score])
         average = torch.optim.swa_utils.AveragedModel(learned)
