@@ -1,4 +1,4 @@
-"""The QSM loss in a plain TorchRL loop, without Lightning: collector, buffer, loss, two optimizers.
+"""The QSM loss in a plain TorchRL loop, without Lightning: collector, buffer, loss, an optimizer for each term.
 
 Usage: python benchmarks/plain_torchrl.py [frames]
 """
@@ -24,8 +24,7 @@ def train(frames: int = 8_000, warm_up: int = 1_000, hidden: tuple[int, ...] = (
     env = make_env("Pendulum-v1")
     env.set_seed(0)
     loss = QSMLoss(Denoiser(3, 1, hidden), Critics(3, 1, hidden), NoiseSchedule("vp", 5), m_q=1.0)
-    critic = torch.optim.Adam(loss.critics.parameters(), 3e-4)
-    actor = torch.optim.Adam(loss.denoiser.parameters(), 3e-4)
+    optimizers = {term: torch.optim.Adam(loss.term_parameters(term), 3e-4) for term in loss.terms}
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(frames), batch_size=256)
     collector = Collector(
         env,
@@ -40,10 +39,11 @@ def train(frames: int = 8_000, warm_up: int = 1_000, hidden: tuple[int, ...] = (
         buffer.extend(chunk)
         if i < warm_up:
             continue
-        losses = loss(buffer.sample())
-        for optimizer, key in ((critic, "loss_qvalue"), (actor, "loss_actor")):
+        batch = buffer.sample()
+        for term, optimizer in optimizers.items():
+            value, _ = loss.term_loss(term, batch)
             optimizer.zero_grad()
-            losses[key].backward()
+            value.backward()
             optimizer.step()
         loss.update_targets()
     episodes = run_episodes(make_env("Pendulum-v1", 10), loss.evaluation_policy(), env_seed=1, noise_seed=2)

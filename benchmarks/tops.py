@@ -171,9 +171,10 @@ def main() -> None:
     frames = datasets.load(str(trained.path.parent), observation_dim, action_dim)
     newest = frames["observation"][-NEWEST:]
     land = Landscape(critics, newest[torch.randperm(len(newest))[:STATES]], action_dim)
-    rows = [land.row("the run's", loss.evaluation_policy("sample").act)]
-    if "best_of_n" in loss.selectors:
-        rows.append(land.row("the run's, best of 32", loss.evaluation_policy("best_of_n", 32).act, draws=1))
+    with trained.module.averaged_weights():
+        rows = [land.row("the run's", loss.evaluation_policy("sample").act)]
+        if "best_of_n" in loss.selectors:
+            rows.append(land.row("the run's, best of 32", loss.evaluation_policy("best_of_n", 32).act, draws=1))
     for steps in options.steps:
         act = fit_qsm(critics, qsm, frames, steps, options.updates)
         rows.append(land.row(f"QSM, T = {steps}", act))

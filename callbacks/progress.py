@@ -22,7 +22,7 @@ class FrameProgress(RichProgressBar):
     def __init__(self, line_seconds: float = 30.0) -> None:
         super().__init__(refresh_rate=4, leave=True)
         self.line_seconds = line_seconds
-        self.is_terminal = sys.stdout.isatty()
+        self.is_terminal = sys.stdout is not None and sys.stdout.isatty()
         self._return: float | None = None
         if not self.is_terminal:
             super().disable()
@@ -123,4 +123,9 @@ class FrameProgress(RichProgressBar):
         total = datamodule_of(trainer).total_frames
         metrics = self.get_metrics(trainer, trainer.lightning_module)
         values = " ".join(f"{key} {value}" for key, value in metrics.items())
-        print(f"frames {frames}/{total} {values}", flush=True)
+        try:
+            print(f"frames {frames}/{total} {values}", flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # a full disk costs a line
+            pass

@@ -68,6 +68,7 @@ CASES = {
     "no checkpoint": ([*PENDULUM, "--ckpt_path", "not_a.ckpt"], "not_a.ckpt is not a checkpoint.*manifest"),
     "missing checkpoint": ([*PENDULUM, "--ckpt_path", "gone.ckpt"], "--ckpt_path is 'gone.ckpt'.*no such file"),
     "no last checkpoint": ([*PENDULUM, "--ckpt_path", "last"], "--ckpt_path is last.*no checkpoint"),
+    "too many candidates": ([*PENDULUM, "--data.eval_candidates", "100000"], "data.eval_candidates is 100000: .*10000"),
     "unwritable folder": ([*PENDULUM, "--trainer.default_root_dir", "file/runs"], "trainer.default_root_dir"),
     "a class that needs networks": ([*PENDULUM, "--model.loss", "QSMLoss"], "model.loss.*such as QSM"),
     "a policy that there is not": (
@@ -97,6 +98,7 @@ CASES = {
         [*PENDULUM, "--trainer.accelerator=cpu", "--trainer.devices=[0,0]"],
         "trainer: `devices` .* int",
     ),
+    "an accelerator that is not there": ([*PENDULUM, *SHRINK, "--trainer.accelerator", "tpu"], "torch_xla|accelerator"),
     "a long name": ([*PENDULUM, *SHRINK, "--name", "a" * 300], "the run's folder,.*a name in it is too long"),
     "a file for a folder": (
         [*PENDULUM, *SHRINK, "--trainer.default_root_dir=.", "--name=file"],

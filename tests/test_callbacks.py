@@ -307,6 +307,20 @@ def test_an_episode_is_recorded(name: str) -> None:
     assert episode_return == pytest.approx(whole, rel=1e-5), "of the whole episode, not of the part that is shown"
 
 
+def test_an_episode_without_an_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qsm_lightning.recording.MAX_EPISODE_FRAMES", 7)
+    steps: list[None] = []
+    policy = SMALL(3, 1).evaluation_policy()
+    frames, _ = record_episode("Pendulum-v1", policy, 1, 2, each_step=lambda: steps.append(None))
+    assert len(frames) == len(steps) == 7
+
+    def stop() -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        record_episode("Pendulum-v1", policy, 1, 2, each_step=stop)
+
+
 @pytest.mark.parametrize("fault", [RuntimeError("no GL context"), None])
 def test_rendering_that_fails_is_said_before_training(fault: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     render = Mock(side_effect=fault, return_value=None)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qsm_lightning import checkpoints
+from qsm_lightning.cli import fit as fit_main
+from qsm_lightning.commands import collect, evaluate, export, modes, report, sweep
+from qsm_lightning.commands.base import run_command
 from tests.compare import last
 from tests.conftest import Command
 from tests.helpers import SHRINK, environment, needs_dmc
@@ -446,6 +450,51 @@ def test_a_terminal_gets_one_bar_over_all_frames(tmp_path: Path) -> None:
         assert word in bars[-1]
     assert "Epoch" not in text
     assert "final return: " in text
+
+
+def test_output_on_a_full_disk(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [Path(sys.executable).with_name("qsm-fit"), *TINY],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert process.returncode == 3, process.stderr
+    assert process.stderr.rstrip().endswith(
+        "qsm-fit: what it writes finds no place (No space left on device): free some disk"
+    )
+    assert "Traceback" not in process.stderr
+
+
+def test_output_that_is_closed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    run_command("qsm-eval", lambda: print("nowhere"))
+
+
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    ("main", "args"),
+    [
+        *((command.main, [LONG]) for command in (evaluate, export, modes, report)),
+        (collect.main, [LONG, "--frames=5", "--out=file.npz"]),
+        *((fit_main, ["--config=pendulum", f"--data.dataset={LONG}{end}"]) for end in ("", ".npz", "/x")),
+        (fit_main, ["--resume", LONG]),
+        (sweep.main, [f"--config={LONG}", "--out=runs"]),
+    ],
+)
+def test_a_name_that_is_too_long_is_a_sentence(
+    main: Any, args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.endswith("' cannot be looked at (File name too long): choose another\n")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["from the start", "while it trains"])

@@ -184,6 +184,15 @@ def test_policies_that_cannot_be_a_function_of_their_inputs_are_refused() -> Non
         traced(ExplorationPolicy(DeterministicPolicy(torch.nn.Linear(3, 2))), 3)
 
 
+def test_a_file_that_cannot_be_read_again_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("Unsupported model IR version: 99")
+
+    monkeypatch.setattr(exporting, "reader", fails)
+    with pytest.raises(SettingError, match=r"--format is torch-export, which cannot be written and read .*IR version"):
+        exporting.exported(DeterministicPolicy(torch.nn.Linear(3, 2)), 3, "torch-export", {})
+
+
 # The command.
 
 
@@ -381,6 +390,10 @@ def test_a_torch_export_file_acts_by_torch_alone(run: Path, tmp_path: Path) -> N
         (["text.ckpt", "--out", "policy.pt2"], "--out is 'policy.pt2': with --format onnx the name must end in .onnx"),
         (["text.ckpt", "--out", "text.ckpt/policy.onnx"], "--out is .*text.ckpt cannot be written; choose another"),
         (["RUN", "--selector", "best_of_n", "--candidates", "0"], "--candidates is 0: it must be greater than 0"),
+        (
+            ["RUN", "--selector", "best_of_n", "--candidates", "99999"],
+            "--candidates is 99999: it must be at most 10000",
+        ),
         ([], "RUN_OR_CHECKPOINT"),
     ],
 )

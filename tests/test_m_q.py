@@ -457,7 +457,8 @@ def test_a_run_adapts_and_saves_it(tmp_path: Path) -> None:
     assert content["state_dict"]["loss.log_size"] != 0
     assert len(content["optimizer_states"]) == 3
     rate = content["optimizer_states"][2]["param_groups"][0]["lr"]
-    assert rate == pytest.approx(3e-3) and rate < 3e-3, "it falls with the denoiser's, over 2,000,000 updates"
+    assert rate == pytest.approx(3e-3)
+    assert rate < 3e-3, "it falls with the denoiser's, over 2,000,000 updates"
 
 
 @pytest.mark.parametrize(

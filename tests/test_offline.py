@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -486,17 +487,28 @@ def test_collected_transitions(
         write_results(tmp_path, "", {"modes.json": b"{}"})
 
 
+def test_an_environment_that_has_changed_is_told(tmp_path: Path) -> None:
+    module = cast(Any, SimpleNamespace(loss=SAC(3, 1, hidden=(8,)), hparams={"observation_dim": 3, "action_dim": 1}))
+    loaded = Trained(tmp_path / "state.ckpt", module, {"env": CLOCK}, 0)
+    with pytest.raises(SettingError, match="trained with an observation of 3 numbers, and that of .*Clock-v0 has 2"):
+        loaded.make_env()
+
+
 def test_which_actions_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are evaluated, with averaged weights; the best by Q; those of training, with its own weights."""
-    settings = ("--model.compile=false", "--model.ema=0.999", "--model.loss.action_noise=0", "--model.actor_lr=0.01")
+    settings = ("--model.compile=false", "--model.ema=0.999", "--model.actor_lr=0.01")
     loaded = load(str(trained(tmp_path, "--config=pendulum", *SHRINK, *settings)))
+    for kind, averaged in (("sample", True), ("best_of_n", True), ("exploration", False)):
+        context = Mock(return_value=nullcontext())
+        monkeypatch.setattr(OffPolicyModule, "averaged_weights", context)
+        collect.collect(loaded, 5, kind)
+        assert context.called == averaged
+    monkeypatch.undo()
     found = {kind: collect.collect(loaded, 50, kind)[0] for kind in ("sample", "best_of_n", "exploration")}
     critics = loaded.module.loss.critics
     value = {kind: critics(frames["observation"], frames["action"]).min(0).values for kind, frames in found.items()}
     assert value["best_of_n"][0] > value["sample"][0], "in the same state"
     assert not equal(found["sample"], found["exploration"])
-    monkeypatch.setattr(OffPolicyModule, "averaged_weights", lambda _: nullcontext())
-    assert equal(collect.collect(loaded, 50, "sample")[0], found["exploration"])
 
 
 def test_actions_that_the_algorithm_lacks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

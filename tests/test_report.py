@@ -150,7 +150,7 @@ def test_the_table_ends_where_all_were_evaluated(make: Make, tmp_path: Path) -> 
     assert float(qsm["best_iqm"]) == pytest.approx(np.mean(finals)), "20 was not evaluated by all"
     assert 7 <= float(qsm["final_low"]) < float(qsm["final_iqm"]) < float(qsm["final_high"]) <= 28
     assert (sac["final_iqm"], sac["final_low"]) == ("6.0", "nan")
-    assert "| Pendulum-v1 | sac | 1 | 30 | 6 | 6 | 6 |" in (tmp_path / "out/table.md").read_text()
+    assert "| Pendulum-v1 | sac | 1 | 30 | 6.0 | 6.0 | 6.0 |" in (tmp_path / "out/table.md").read_text()
     with (tmp_path / "out/evaluations.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 3 * 4 + 2, "all of them"
 
@@ -182,6 +182,51 @@ def test_the_page_needs_nothing_else(make: Make, tmp_path: Path) -> None:
     assert page.count("data:image/png;base64,") == 4
     assert "m_q=&lt;auto&gt;" in page, "settings are escaped"
     assert "3.17.0, 3.3.0" in page
+
+
+def test_returns_are_shown_as_finely_as_they_differ(make: Make, tmp_path: Path) -> None:
+    for env, unit in (("A-v0", 1e-3), ("B-v0", 1.0), ("C-v0", 1000.0)):
+        make(env, {10: -0.67 * unit, 20: -0.10 * unit}, data__env=env)
+    report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+    table = (tmp_path / "out/table.md").read_text()
+    assert [line.split(" | ")[4] for line in table.splitlines()[2:]] == ["-0.0001", "-0.100", "-100"]
+    assert "A-v0: -0.0007 and -0.0001; B-v0: -0.670 and -0.100; C-v0: -670 and -100" in (
+        (tmp_path / "out/index.html").read_text()
+    )
+
+
+def test_pictures_of_an_earlier_report_do_not_stay(make: Make, tmp_path: Path) -> None:
+    make("q", {10: 1.0, 20: 2.0})
+    make("s", {10: 1.5, 20: 3.0}, **SAC)
+    out = tmp_path / "out"
+    report.run([f"{tmp_path}/q", f"{tmp_path}/s", "--out", str(out)])
+    assert (out / "improvement.png").is_file()
+    report.run([f"{tmp_path}/q", "--out", str(out)])
+    assert {path.name for path in out.glob("*.png")} == {"curves.png", "aggregate.png", "profiles.png"}
+
+
+def test_no_two_labels_look_alike(make: Make, tmp_path: Path) -> None:
+    for i in range(20):
+        make(f"q{i}", {10: 1.0, 20: 2.0}, model__loss__init_args__m_q=i + 1)
+    found = [r for f in results.find(tmp_path) if (r := results.read(f, "sample"))]
+    comparison, _ = results.compare(zip(results.label(found), found, strict=True))
+    figure = pictures.learning_curves(summarize(comparison))
+    lines = [(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()]
+    assert len(lines) == len(set(lines)) == 20
+
+
+@pytest.mark.parametrize("label", ["", ".", "..", " "])
+def test_a_label_is_a_name(label: str, make: Make, tmp_path: Path) -> None:
+    make("q", {10: 1.0})
+    with pytest.raises(SettingError, match=r"RUNS has '.*=.*q': give a LABEL before the ="):
+        report.run([f"{label}={tmp_path}/q", "--out", str(tmp_path / "out")])
+
+
+def test_settings_without_a_trainer_are_kept(make: Make, tmp_path: Path) -> None:
+    config = make("q", {10: 1.0}) / "config.yaml"
+    config.write_text(yaml.safe_dump(yaml.safe_load(config.read_text()) | {"trainer": None}))
+    report.run([f"{tmp_path}/q", "--out", str(tmp_path / "out"), "--archive", str(tmp_path / "kept")])
+    assert yaml.safe_load((tmp_path / "kept/Pendulum-v1/qsm/seed=0/config.yaml").read_text())["trainer"] == {}
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])
@@ -280,7 +325,7 @@ def test_the_longer_of_two_of_the_same_counts(make: Make, tmp_path: Path, capsys
     make("version_1", {10: 1.0, 20: 8.0})
     report.run([str(tmp_path), "--out", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert "| qsm | 1 | 20 | 8 |" in said
+    assert "| qsm | 1 | 20 | 8.00 |" in said
     assert "version_0 is left out" in said
 
 
@@ -357,7 +402,7 @@ def test_a_run_that_was_not_evaluated_yet_is_passed_over(make: Make, tmp_path: P
     with (run / "metrics.csv").open("a") as file:
         file.write("-13")  # killed in the middle of a row
     report.run([str(tmp_path), "--out", str(tmp_path / "out")])
-    assert "| 20 | 3 |" in (tmp_path / "out/table.md").read_text()
+    assert "| 20 | 3.00 |" in (tmp_path / "out/table.md").read_text()
 
 
 def test_what_shortens_or_leaves_out_is_noted(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,9 +426,9 @@ def test_a_run_that_ends_early_does_not_shorten_complete_ones(
         make(f"other/{seed}", {10: 3.0, 20: 4.0}, seed_everything=seed, data__total_frames=20, **TD3)
     report.run([str(tmp_path), "--out", str(tmp_path / "out")])
     table = (tmp_path / "out/table.md").read_text()
-    assert "| Pendulum-v1 | qsm | 2 | 20 | 2 [2, 2]" in table
-    assert "| Pendulum-v1 | td3 | 2 | 20 | 4 [4, 4]" in table
-    assert "| Pendulum-v1 | sac | 2 | 10 | 9 [9, 9]" in table
+    assert "| Pendulum-v1 | qsm | 2 | 20 | 2.00 [2.00, 2.00]" in table
+    assert "| Pendulum-v1 | td3 | 2 | 20 | 4.00 [4.00, 4.00]" in table
+    assert "| Pendulum-v1 | sac | 2 | 10 | 9.00 [9.00, 9.00]" in table
     said = capsys.readouterr().out
     assert f"sac is shown on Pendulum-v1 up to 10 frames, where {tmp_path / 'stopped/0'} ends, and left out" in said
     runs = [result for run in results.find(tmp_path) if (result := results.read(run, "sample"))]

@@ -17,9 +17,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from qsm_lightning import runs
+from qsm_lightning import checkpoints, runs
+from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM
+from qsm_lightning.module import OffPolicyModule
 from tests.compare import curves, rows
 from tests.helpers import SHRINK
 from tests.processes import Run, fit, trained
@@ -143,7 +145,9 @@ def test_a_torn_last_row_is_cut_wherever_it_ends(tmp_path: Path) -> None:
         assert written(tmp_path, whole + last[:end]) == [HEADER, *ROWS[:3]], last[:end]
 
 
-@pytest.mark.parametrize("tail", ["\0" * 512, ",0.125,30,30\n" + "\0" * 100, ",0.125,x,30\n", "\n\n", '"'])
+@pytest.mark.parametrize(
+    "tail", ["\0" * 512, ",0.125,30,30\n" + "\0" * 100, ",0.125,x,30\n", "\n\n", '"', "\0" * 200_000 + "\n"]
+)
 def test_a_spoilt_tail_is_cut(tail: str, tmp_path: Path) -> None:
     assert written(tmp_path, "\n".join([HEADER, *ROWS[:3], ""]) + tail) == [HEADER, *ROWS[:3]]
 
@@ -429,6 +433,15 @@ def test_a_finished_run_goes_on_with_more_frames_only(frames: int, status: int, 
         assert sentence in text
     else:
         assert "from frame 60" in text
+
+
+def test_lightning_loads_a_checkpoint_by_itself(run: Path) -> None:
+    path = run / "checkpoints" / "000000060" / "state.ckpt"
+    module = OffPolicyModule.load_from_checkpoint(path)
+    weights = checkpoints.load(path)["state_dict"]
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+    assert module.updates == 20
+    assert OffPolicyDataModule.load_from_checkpoint(path).total_frames == 60
 
 
 def test_a_run_in_place_of_a_checkpoint_is_told_the_other_option(run: Path, tmp_path: Path) -> None:

@@ -202,6 +202,26 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
     assert set(seen.values()) == {running._interrupt}
 
 
+def test_a_sweep_whose_lines_nobody_reads_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(sweep, "command", lambda _: [sys.executable, "-c", "import time; time.sleep(300)"])
+    jobs = [sweep.Job(f"seed={i}", tmp_path / str(i), [], 60) for i in range(3)]
+
+    def unread(view: sweep.View) -> None:
+        if jobs[0].process is not None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sweep.View, "show", unread)
+    with pytest.raises(BrokenPipeError):
+        sweep.Sweep(jobs, 1).run()
+    assert [job.state for job in jobs] == ["interrupted", "waiting", "waiting"]
+
+
+def test_a_run_whose_sweep_was_gone_before_it_began_ends(tmp_path: Path) -> None:
+    run = Run(tmp_path, *TINY, "--data.total_frames=10000000", env={launching.SWEEP: str(2**22 + 1)})
+    assert run.wait(120) == 128 + signal.SIGTERM, run.text
+
+
 def test_the_table_of_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reasons stand there as they are; where lines are few, the runs that run or failed are the ones to be seen."""
     monkeypatch.setattr("rich.console.Console.is_terminal", True)

@@ -235,7 +235,7 @@ def build(args: list[str] | None) -> FitCLI:
         cli = _cli(args, run)
     except SettingError:
         raise
-    except (MisconfigurationException, OmegaConfBaseException, ValueError) as error:
+    except (MisconfigurationException, OmegaConfBaseException, ValueError, ImportError) as error:
         raise SettingError(one_line(error)) from error
     cli.trusted = trusted
     cli.datamodule.check_ranks(cli.trainer.world_size)

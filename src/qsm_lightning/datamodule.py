@@ -681,6 +681,8 @@ class OffPolicyDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is None:  # load_from_checkpoint: the settings alone
+            return
         saved = state_dict["ranks"]
         self.check_dataset(state_dict)
         mine = saved[self.ranks.rank] if len(saved) == self.ranks.count else self._adopted(saved)

@@ -56,6 +56,9 @@ def sentence(message: str, known: list[str]) -> str:
     if option is not None and "accept" in text:
         group = re.search(r"Group '([^']+)'", text)
         return _unknown(".".join(filter(None, [group[1] if group else key, option[1]])), known)
+    missing = re.search(r"class_path '([\w.]+)': Requirement '([^']+)' not met", text)
+    if missing is not None:
+        return f"{missing[1]} needs {missing[2]}: pip install '{missing[2]}'"
     if key == "model.loss" and ("import path" in text or "expects a function" in text):
         names = ", ".join(losses.ALGORITHMS)
         return f"model.loss: there is no such loss; choose {names} on the command line, or a class_path such as QSM"

@@ -323,7 +323,8 @@ class OffPolicyModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         metrics = checkpoint["metrics"]
         of_ranks = metrics if isinstance(metrics, list) else [metrics]  # one process's alone before there were several
-        self.metrics = of_ranks[self.trainer.global_rank if len(of_ranks) == self.trainer.world_size else 0]
+        trainer = self._trainer  # none in load_from_checkpoint
+        self.metrics = of_ranks[trainer.global_rank if trainer and len(of_ranks) == trainer.world_size else 0]
         self.skipped_steps = checkpoint.get("skipped_steps", 0)  # absent in checkpoints from before there was a scaler
         self.updates = checkpoint.get("updates", 0)
         self._last_compiled = checkpoint.get("compiled")

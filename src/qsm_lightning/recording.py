@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,13 +13,20 @@ from torchrl.envs import step_mdp
 from qsm_lightning.durable import check_writable
 from qsm_lightning.envs import make_render_env
 from qsm_lightning.errors import SettingError, require
+from qsm_lightning.evaluation import MAX_EPISODE_FRAMES
 
 GL_HINT = "install a GL library and set MUJOCO_GL=egl (or osmesa, or glfw with a display)"
 SUFFIXES = (".mp4", ".gif")
 
 
 def record_episode(
-    name: str, policy: TensorDictModuleBase, env_seed: int, noise_seed: int, max_frames: int = 1_000, every: int = 1
+    name: str,
+    policy: TensorDictModuleBase,
+    env_seed: int,
+    noise_seed: int,
+    max_frames: int = 1_000,
+    every: int = 1,
+    each_step: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, float]:
     """Run one episode, rendering every ``every``-th frame; torch's global generators are left as they were.
 
@@ -31,6 +37,7 @@ def record_episode(
         noise_seed: of the policy's noise.
         max_frames: after how many none is rendered any more; the episode goes on to its end.
         every: frames from one that is rendered to the next.
+        each_step: called after every step; may raise to leave the episode.
 
     Returns:
         Frames [N, height, width, 3] of uint8, and the episode's return.
@@ -44,8 +51,9 @@ def record_episode(
         torch.manual_seed(noise_seed)
         env.set_seed(env_seed)
         state = env.reset()
-        for i in itertools.count():
+        for i in range(MAX_EPISODE_FRAMES):
             stepped = env.step(policy(state))
+            each_step()
             episode_return += stepped["next", "reward"].item()
             if i < max_frames and i % every == 0:
                 frames.append(render_frame(name, render))

@@ -22,6 +22,7 @@ from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, Tr
 
 # Of paths that were given: in another user's folder, or longer than names may be.
 UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of disks
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,9 +40,9 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
         try:
             command()
         except SystemExit:  # after --help and --print_config
-            sys.stdout.flush()
+            _flush()
             raise
-        sys.stdout.flush()
+        _flush()
     except BrokenPipeError as stop:
         if not _drop_unread_output():
             raise
@@ -49,6 +50,9 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
     except SettingError as error:
         _stop(prog, error, str(error), 2)
     except OSError as error:
+        if error.errno in FULL:
+            _drop_unwritable_output()
+            _stop(prog, error, f"what it writes finds no place ({error.strerror}): free some disk", 3)
         if error.errno not in UNREACHABLE or error.filename is None:
             raise
         _stop(prog, error, f"{str(error.filename)!r} cannot be looked at ({error.strerror}): choose another", 2)
@@ -77,6 +81,23 @@ def _stop(prog: str, error: BaseException, message: str, status: int) -> NoRetur
     sys.exit(status)
 
 
+def _flush() -> None:
+    if sys.stdout is not None:  # as it is where a shell has closed it
+        sys.stdout.flush()
+
+
+def _drop_unwritable_output() -> None:
+    """Have standard output go nowhere if it cannot be written."""
+    try:
+        _flush()
+    except OSError:
+        _to_nowhere(sys.stdout.fileno())
+
+
+def _to_nowhere(number: int) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
 def _drop_unread_output() -> bool:
     """Have what goes into pipes that nobody reads any more go nowhere; whether there are any."""
     unread = []
@@ -86,7 +107,7 @@ def _drop_unread_output() -> bool:
         if any(event & select.POLLERR for _, event in ends.poll(0)):
             unread.append(stream.fileno())
     for number in unread:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        _to_nowhere(number)
     return bool(unread)
 
 

@@ -14,7 +14,6 @@ from qsm_lightning import datasets, durable
 from qsm_lightning.collect import RecentExperience, make_collector
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.commands.trained import Trained, add_checkpoint, load
-from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require
 from qsm_lightning.replay import frame_bytes, make_replay_buffer
 from qsm_lightning.resources import available_memory, readable
@@ -61,7 +60,7 @@ def collect(
     loss = trained.module.loss
     exploring = actions == "exploration"
     policy = loss.exploration_policy() if exploring else loss.evaluation_policy(actions)
-    env = make_env(trained.env)
+    env = trained.make_env()
     seen, buffer = RecentExperience(), make_replay_buffer(frames)
     weights = nullcontext() if exploring else trained.module.averaged_weights()  # training explores without
     with torch.random.fork_rng(), weights:

@@ -9,7 +9,6 @@ from pathlib import Path
 from qsm_lightning import durable
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.commands.trained import add_checkpoint, add_selector, load
-from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require
 from qsm_lightning.evaluation import run_episodes, summary
 from qsm_lightning.recording import check_renderable, check_video_path, record_episode, write_video
@@ -45,7 +44,7 @@ def run(args: list[str] | None = None) -> None:
         check_renderable(trained.env)
     env_seed = derive_seed(options.seed, 0, Purpose.REPORT_ENV)
     noise_seed = derive_seed(options.seed, 0, Purpose.REPORT_NOISE)
-    env = make_env(trained.env, options.episodes)
+    env = trained.make_env(options.episodes)
     with trained.module.averaged_weights():
         result = {
             "checkpoint": trained.name,

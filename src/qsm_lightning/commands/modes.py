@@ -15,7 +15,6 @@ from torch import Tensor
 from qsm_lightning import durable
 from qsm_lightning.commands.base import Parser, run_command, write_results
 from qsm_lightning.commands.trained import Trained, add_checkpoint, load
-from qsm_lightning.envs import make_env
 from qsm_lightning.errors import require, require_package
 from qsm_lightning.figures import png
 from qsm_lightning.modes import Modes, Sampled, find_modes, spread
@@ -98,7 +97,7 @@ def reference_states(trained: Trained, steps: list[int], seed: int) -> list[tupl
     Raises:
         SettingError: when the episode ends before.
     """
-    env = make_env(trained.env)
+    env = trained.make_env()
     with torch.random.fork_rng(), trained.module.averaged_weights():
         torch.manual_seed(derive_seed(seed, 0, Purpose.REPORT_NOISE))
         env.set_seed(derive_seed(seed, 0, Purpose.REPORT_ENV))

@@ -63,6 +63,10 @@ def run(args: list[str] | None = None) -> None:
             f"RUNS has {text!r}: a label begins with no _ and has no $, | or backslash; choose another",
         )
         require(bool(path if equals else text), f"RUNS has {text!r}: name a folder, such as . for this one")
+        require(
+            not equals or label.strip(". ") != "",
+            f"RUNS has {text!r}: give a LABEL before the =, of more than points",
+        )
         for folder in results.find(Path(path if equals else text)):
             result = results.read(folder, options.selector, options.force)
             if result is not None:

@@ -299,10 +299,14 @@ class Sweep:
                 signal.signal(signum, self._interrupt)
         with ThreadPoolExecutor(self.at_once) as pool, View(self.jobs) as show:
             futures = [pool.submit(self._train, job) for job in self.jobs]
-            while not all(future.done() for future in futures):
-                time.sleep(POLL)
+            try:
+                while not all(future.done() for future in futures):
+                    time.sleep(POLL)
+                    show()
                 show()
-            show()
+            except OSError:  # nobody reads any more what it prints
+                self._interrupt(signal.SIGTERM, None)
+                raise
         for future in futures:
             future.result()
         if self.signum is not None:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tensordict.nn import TensorDictModuleBase
+from torchrl.envs import EnvBase
 
 from qsm_lightning import checkpoints, runs, trust
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.collect import Progress
 from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.envs import make_env
 from qsm_lightning.errors import SettingError, one_line, require
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.policy import BestOfNPolicy
@@ -41,6 +43,22 @@ class Trained:
     def env(self) -> str:
         """The environment's name."""
         return self.data["env"]
+
+    def make_env(self, num_envs: int = 1) -> EnvBase:
+        """The environment, in ``num_envs`` copies.
+
+        Raises:
+            SettingError: when it cannot be made, or is of other widths than when the policy was trained.
+        """
+        env = make_env(self.env, num_envs)
+        for key, spec in (("observation", env.observation_spec["observation"]), ("action", env.action_spec)):
+            width, trained = spec.shape[-1], self.module.hparams[f"{key}_dim"]
+            require(
+                width == trained,
+                f"{self.name} was trained with an {key} of {trained} numbers, and that of {self.env} has {width}: "
+                "choose another checkpoint, or the environment as it was",
+            )
+        return env
 
     @property
     def name(self) -> str:
@@ -109,7 +127,7 @@ def load(run_or_checkpoint: str, trusted: bool = False) -> Trained:
         module.load_state_dict(weights)
         data = dict(state["datamodule_hyper_parameters"])
         frames = Progress(**state[OffPolicyDataModule.__qualname__]["progress"]).frames
-    except (TypeError, KeyError, RuntimeError, AttributeError) as error:
+    except (TypeError, KeyError, RuntimeError, AttributeError, StopIteration) as error:
         what = one_line(error)
         raise SettingError(f"{path} has settings that qsm-fit does not write ({what}); choose another") from error
     return Trained(path, module, data, frames)

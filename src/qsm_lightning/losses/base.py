@@ -90,7 +90,11 @@ class OffPolicyLoss(LossModule):
         return [f"loss_{term}" for term in self.terms]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Every term's loss as ``loss_<term>`` and its detached metrics, from a replay batch [B]."""
+        """Every term's loss as ``loss_<term>`` and its detached metrics, from a replay batch [B].
+
+        All are of the parameters as they are. Training asks for one term after the other (:meth:`term_loss`), each
+        after the step of the one before.
+        """
         out: dict[str, Tensor] = {}
         for term in self.terms:
             loss, metrics = self.term_loss(term, tensordict)

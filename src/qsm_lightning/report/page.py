@@ -28,8 +28,9 @@ COLUMNS = ("task", "algorithm", "runs", "frames", "final, IQM [95 %]", "final, m
 
 def cells(row: Row) -> list[str]:
     """A row of the table as text, in the order of :data:`COLUMNS`. One run has no interval and no deviation."""
-    mean = f"{row.mean:.0f} ± {row.deviation:.0f}" if row.runs > 1 else f"{row.mean:.0f}"
-    return [row.env, row.label, str(row.runs), f"{row.frames:,}", row.final.text(), mean, row.best.text()]
+    n = row.digits
+    mean = f"{row.mean:.{n}f} ± {row.deviation:.{n}f}" if row.runs > 1 else f"{row.mean:.{n}f}"
+    return [row.env, row.label, str(row.runs), f"{row.frames:,}", row.final.text(n), mean, row.best.text(n)]
 
 
 def markdown(summary: Summary) -> str:
@@ -112,7 +113,9 @@ def _provenance(results: list[Result]) -> str:
 def page(comparison: Comparison, summary: Summary, images: dict[str, bytes], selector: str, notes: list[str]) -> str:
     """The page: everything in one file, with nothing loaded from elsewhere."""
     results = [result for by_label in comparison.values() for each in by_label.values() for result in each]
-    scales = "; ".join(f"{env}: {low:.0f} and {high:.0f}" for env, (low, high) in summary.scale.items())
+    digits = {row.env: row.digits for row in summary.rows}
+    ends = {env: [f"{end:.{digits[env]}f}" for end in pair] for env, pair in summary.scale.items()}
+    scales = "; ".join(f"{env}: {' and '.join(pair)}" for env, pair in ends.items())
     parts = [
         "<h1>Comparison of runs</h1>\n",
         f"<p>{len(results)} runs on {len(comparison)} tasks, evaluated with <b>{html.escape(selector)}</b>. "
@@ -154,6 +157,8 @@ def write(out: Path, comparison: Comparison, summary: Summary, selector: str, no
         figures |= {"aggregate": pictures.aggregate(summary), "profiles": pictures.profiles(summary)}
     if len(summary.labels) > 1:
         figures["improvement"] = pictures.improvements(summary)
+    for name in {"aggregate", "profiles", "improvement"} - figures.keys():  # an earlier report's
+        (out / f"{name}.png").unlink(missing_ok=True)
     images = {name: png(figure, DPI) for name, figure in figures.items()}
     content = {
         "index.html": page(comparison, summary, images, selector, notes).encode(),

@@ -302,7 +302,7 @@ def archive(comparison: Comparison, folder: Path, named: Collection[str] = ()) -
                 if before is None or _end(before) <= _end(result):
                     places[place] = result
     for place, result in places.items():
-        trainer = {k: v for k, v in result.config.get("trainer", {}).items() if k != "default_root_dir"}
+        trainer = {k: v for k, v in (result.config.get("trainer") or {}).items() if k != "default_root_dir"}
         config = result.config | {"trainer": trainer}  # not where it was written
         content = {
             runs.CONFIG: yaml.safe_dump(config, sort_keys=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,7 +36,10 @@ def band(function: Callable[..., Array], *samples: Array) -> Band:
 
 @dataclass(frozen=True)
 class Row:
-    """One algorithm on one task, at the last frame at which all of the task's runs, or its own, were evaluated."""
+    """One algorithm on one task, at the last frame at which all of the task's runs, or its own, were evaluated.
+
+    ``digits`` are the decimals with which the task's returns tell its algorithms apart.
+    """
 
     env: str
     label: str
@@ -45,6 +49,7 @@ class Row:
     mean: float
     deviation: float
     best: Band
+    digits: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,12 @@ def scale_of(env: str, returns: Array) -> tuple[float, float]:
     return low, high if high > low else low + 1
 
 
+def digits_of(returns: Array) -> int:
+    """Decimals that show a hundredth of the range of ``returns``, from 0 to 4."""
+    width = float(np.ptp(returns))
+    return 0 if width == 0 else min(4, max(0, math.ceil(2 - math.log10(width))))
+
+
 def summarize(comparison: Comparison) -> Summary:
     """The figures of a comparison, every run with the same weight."""
     frames: dict[str, dict[str, list[int]]] = {}
@@ -92,11 +103,12 @@ def summarize(comparison: Comparison) -> Summary:
         curves[env] = {name: band(iqm, sample) for name, sample in returns.items()}
         compared = [sample.ravel() for name, sample in returns.items() if name not in short]
         low, high = scale[env] = scale_of(env, np.concatenate(compared))
+        digits = digits_of(np.concatenate(compared))
         for name, sample in returns.items():
             last = sample[:, -1]
             bands = band(iqm, last), band(iqm, sample.max(1))
             end = frames[env][name][-1]
-            rows.append(Row(env, name, len(last), end, bands[0], last.mean(), _deviation(last), bands[1]))
+            rows.append(Row(env, name, len(last), end, bands[0], last.mean(), _deviation(last), bands[1], digits))
             if name not in short:
                 final.setdefault(name, {})[env] = (last - low) / (high - low)
     labels = [name for name, by_env in final.items() if len(by_env) == len(comparison)]
