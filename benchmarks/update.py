@@ -1,7 +1,7 @@
 """What a gradient update costs, against the matrix products in it and against a plain eager port.
 
-Usage: python -m benchmarks.update [--hidden 256 512] [--batch 256] [--T 5] [--observation 11] [--others sac td3]
-                                     [--json FILE]
+Usage: python -m benchmarks.update [--hidden 256 512] [--batch 256] [--T 5] [--observation 11]
+                                     [--others qsm sac td3] [--json FILE]
 
 An update is everything in it: TD target through the sampler, two critics, targets, denoiser, optimizers. In one
 process, taking turns:
@@ -11,7 +11,8 @@ port        the algorithm as one would write it down in eager PyTorch (benchmark
 eager       ours, as in a run with model.compile false
 compiled    ours, as in a run with model.compile true
 
-and one action for one observation, and for 64, by the last three. Updates of --others are measured without a port.
+and one action for one observation, and for 64, by the last three. That is QSM as published (the class's defaults).
+Updates of --others are measured without a port; qsm among them is QSM as its tasks in conf/ are set.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from qsm_lightning.compiled import CompiledUpdate, compile_acting
 from qsm_lightning.losses import ALGORITHMS, QSM, OffPolicyLoss
 
 ACTION = 3
+OTHERS = {"qsm": {"m_q": "auto", "score_at": "denoised"}, "sac": {}, "td3": {}}
 
 
 class Products(TorchDispatchMode):
@@ -150,7 +152,7 @@ def milliseconds(ways: Mapping[str, Callable[[], Any]], rounds: int, calls: int)
 def measure_other(name: str, hidden: int, batch: int, observation: int, options: argparse.Namespace) -> dict[str, Any]:
     """Another algorithm's update, in which every term is stepped: milliseconds of every call."""
     frames = replay_batch(batch, observation)
-    losses = [ALGORITHMS[name](observation, ACTION, hidden=(hidden, hidden)) for _ in range(3)]
+    losses = [ALGORITHMS[name](observation, ACTION, hidden=(hidden, hidden), **OTHERS[name]) for _ in range(3)]
     with Products() as products:
         plain_update(losses[0], frames)()
     ways: dict[str, Callable[[], Any]] = {
@@ -160,6 +162,8 @@ def measure_other(name: str, hidden: int, batch: int, observation: int, options:
     }
     return {
         "setting": {"loss": name, "hidden": hidden, "batch": batch, "observation": observation},
+        "products": len(products.found),
+        "flops": products.flops(),
         "first_calls_s": first_calls(ways),
         "update_ms": milliseconds(ways, options.rounds, options.calls),
     }
@@ -167,12 +171,14 @@ def measure_other(name: str, hidden: int, batch: int, observation: int, options:
 
 def others_table(rows: list[dict[str, Any]]) -> str:
     """Milliseconds of updates, and the ratio."""
-    head = [*rows[0]["setting"], "floor", "eager", "compiled", "compiled / eager", "first 10 calls, s"]
+    ratios = ["compiled / eager", "compiled / floor"]
+    head = [*rows[0]["setting"], "products", "floor", "eager", "compiled", *ratios, "first 10 calls, s"]
     cells = [
         [
             *map(str, row["setting"].values()),
+            str(row["products"]),
             *(told(ms, 2) for ms in row["update_ms"].values()),
-            f"{row['update_ms']['compiled'][0] / row['update_ms']['eager'][0]:.2f}",
+            *(f"{row['update_ms']['compiled'][0] / row['update_ms'][way][0]:.2f}" for way in ("eager", "floor")),
             f"{row['first_calls_s']['compiled']:.0f}",
         ]
         for row in rows
@@ -230,7 +236,7 @@ def main() -> None:
     parser.add_argument("--T", type=int, nargs="+", default=[5], help="denoising steps (default: %(default)s)")
     parser.add_argument("--observation", type=int, nargs="+", default=[11], help="its size (default: %(default)s)")
     parser.add_argument(
-        "--others", nargs="*", default=["sac", "td3"], choices=["sac", "td3"], help="other algorithms (default: both)"
+        "--others", nargs="*", default=list(OTHERS), choices=list(OTHERS), help="other algorithms (default: all)"
     )
     parser.add_argument("--rounds", type=int, default=20, help="turns (default: %(default)s)")
     parser.add_argument("--calls", type=int, default=10, help="measured calls in a turn (default: %(default)s)")

@@ -322,7 +322,7 @@ class ScorePolicy(Policy):
 
 
 class CQSM(CQSMLoss):
-    """:class:`CQSMLoss` with networks built from sizes: what ``model.loss: cqsm`` in a configuration is.
+    """:class:`CQSMLoss` with networks built from sizes: what ``--model.loss cqsm`` is.
 
     Args:
         observation_dim: O, width of (x, a); known from the environment.
