@@ -112,13 +112,14 @@ def fit_qsm(critics: nn.Module, settings: dict[str, Any], frames: TensorDictBase
         term: torch.optim.Adam(loss.term_parameters(term), lr)
         for term, lr in (("m_q", loss.learning_rates["m_q"]), ("actor", 1e-3))
     }
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers["actor"], updates)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates) for optimizer in optimizers.values()]
     for batch in minibatches(frames, updates):
         for term, optimizer in optimizers.items():
             optimizer.zero_grad()
             loss.term_loss(term, batch)[0].backward()
             optimizer.step()
-        schedule.step()
+        for schedule in schedules:
+            schedule.step()
     return loss.sampler
 
 

@@ -12,7 +12,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
-from qsm_lightning.errors import Interrupted
+from qsm_lightning.errors import Interrupted, tell
 
 
 class StopOnSignal(Callback):
@@ -35,7 +35,7 @@ class StopOnSignal(Callback):
         self._data.stopping.signal = signum
         again = "; Ctrl-C again to stop at once" if signum == signal.SIGINT else ""
         if self._data.ranks.rank == 0:
-            print(f"\nstopping with a checkpoint{again}", file=sys.stderr)
+            tell(f"\nstopping with a checkpoint{again}", sys.stderr)
 
     def _save(self, signum: int, frame: FrameType | None) -> None:
         assert self._data is not None

@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import RichProgressBar
 from typing_extensions import override
 
 from qsm_lightning.datamodule import datamodule_of
+from qsm_lightning.errors import tell
 
 
 class FrameProgress(RichProgressBar):
@@ -123,9 +124,4 @@ class FrameProgress(RichProgressBar):
         total = datamodule_of(trainer).total_frames
         metrics = self.get_metrics(trainer, trainer.lightning_module)
         values = " ".join(f"{key} {value}" for key, value in metrics.items())
-        try:
-            print(f"frames {frames}/{total} {values}", flush=True)
-        except BrokenPipeError:
-            raise
-        except OSError:  # a full disk costs a line
-            pass
+        tell(f"frames {frames}/{total} {values}")

@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from qsm_lightning.datamodule import datamodule_of
-from qsm_lightning.errors import require
+from qsm_lightning.errors import Interrupted, require
 from qsm_lightning.recording import check_renderable, picture_strip, record_episode, write_video
 from qsm_lightning.runs import run_folder
 
@@ -52,8 +52,11 @@ class EvaluationVideo(Callback):
         policy = pl_module.loss.evaluation_policy()  # type: ignore[union-attr, operator]
         settings = {"max_frames": self.max_frames, "every": 4, "each_step": data.stopping.leave}
         record = partial(record_episode, data.env_name, policy, self.seed, self.seed, **settings)  # type: ignore[arg-type]
-        with pl_module.averaged_weights():  # type: ignore[operator]
-            frames, _ = data.surviving(record, lambda: None)
+        try:
+            with pl_module.averaged_weights():  # type: ignore[operator]
+                frames, _ = data.surviving(record, lambda: None)
+        except Interrupted:  # all processes stop together, once this evaluation's checkpoint is written
+            return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 with contextlib.suppress(OSError):  # a full disk costs a picture

@@ -452,21 +452,55 @@ def test_a_terminal_gets_one_bar_over_all_frames(tmp_path: Path) -> None:
     assert "final return: " in text
 
 
-def test_output_on_a_full_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("errors", [subprocess.PIPE, subprocess.STDOUT], ids=["output", "both"])
+def test_output_on_a_full_disk(errors: int, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         process = subprocess.run(
             [Path(sys.executable).with_name("qsm-fit"), *TINY],
             cwd=tmp_path,
             env=environment(),
             stdout=full,
-            stderr=subprocess.PIPE,
+            stderr=errors,
             text=True,
         )
     assert process.returncode == 3, process.stderr
+    if errors == subprocess.STDOUT:
+        return
     assert process.stderr.rstrip().endswith(
         "qsm-fit: what it writes finds no place (No space left on device): free some disk"
     )
     assert "Traceback" not in process.stderr
+
+
+def test_a_full_disk_costs_a_run_its_lines_alone(tmp_path: Path) -> None:
+    """Those of progress and, after a signal, the one that it stops: the checkpoint is there."""
+    long = ["--data.total_frames=10000000", "--data.eval_every_frames=30", "--model.compile=false"]
+    code = (
+        "import sys; from qsm_lightning import cli; from callbacks import FrameProgress, StopOnSignal\n"
+        "for cls, name in ((FrameProgress, '_print_line'), (StopOnSignal, '_stop')):\n"
+        "    def full(*args, inner=getattr(cls, name)):\n"
+        "        out, err = sys.stdout, sys.stderr\n"
+        "        sys.stdout = sys.stderr = open('/dev/full', 'w', buffering=1)\n"
+        "        try: inner(*args)\n"
+        "        finally: sys.stdout, sys.stderr = out, err\n"
+        "    setattr(cls, name, full)\n"
+        "cli.fit(sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code.replace("from callbacks", "from qsm_lightning.callbacks"), *TINY, *long],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.glob("runs/*/*/checkpoints/0*")):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert "the run's last state is in" in said
 
 
 def test_output_that_is_closed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,8 +110,10 @@ def test_alpha_policy_and_targets_have_their_turns(tmp_path: Path, monkeypatch: 
     moved: list[None] = []
     monkeypatch.setattr(DACER, "update_targets", lambda _: moved.append(None))
     sizes = {"hidden": (16, 16), "time_dim": 8, "T": 3, "entropy_samples": 5}
-    _, trainer = run(tmp_path, False, DACER, sizes | {"alpha_every": 7, "policy_delay": 3}, updates=21, value=None)
+    settings = sizes | {"alpha_every": 7, "policy_delay": 3, "alpha_lr": 0.02}
+    _, trainer = run(tmp_path, False, DACER, settings, updates=21, value=None)
     assert trainer.global_step == 21 + 7 + 3
+    assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers] == [3e-4, 3e-4, 0.02]
     assert len(moved) == 7
 
 

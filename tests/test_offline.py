@@ -475,7 +475,7 @@ def test_collected_transitions(
     assert (rest - uniform).abs().max() > 0.3
     with caplog.at_level(logging.WARNING):
         datasets.load(str(tmp_path / "one.npz"), 3, 1, env="Pendulum-v1")
-        assert not caplog.text
+        assert "made in" not in caplog.text
         datasets.load(str(tmp_path / "one.npz"), 3, 1, env="Pendulum-v0")
     assert "it was made in Pendulum-v1, and data.env is Pendulum-v0" in caplog.text
     with pytest.raises(SettingError, match=r"--frames is 100000000000000: that takes .* TiB of memory.*give fewer"):

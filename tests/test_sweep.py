@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -215,6 +216,20 @@ def test_a_sweep_whose_lines_nobody_reads_ends(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(BrokenPipeError):
         sweep.Sweep(jobs, 1).run()
     assert [job.state for job in jobs] == ["interrupted", "waiting", "waiting"]
+
+
+def test_a_full_disk_costs_a_sweep_its_lines_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(sweep, "command", lambda _: [sys.executable, "-c", ""])
+    jobs = [sweep.Job(f"seed={i}", tmp_path / str(i), [], 0) for i in range(2)]
+
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    sweep.Sweep(jobs, 1).run()
+    assert [job.state for job in jobs] == ["complete", "complete"]
 
 
 def test_a_run_whose_sweep_was_gone_before_it_began_ends(tmp_path: Path) -> None:

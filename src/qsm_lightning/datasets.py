@@ -27,7 +27,7 @@ MINARI = "minari:"
 warn = rank_zero_only(logging.getLogger(__name__).warning)
 NEEDED = ("observations", "actions", "rewards", "terminals")
 OPTIONAL = ("timeouts", "next_observations", "time_steps")
-ENV = "env"  # the environment's name, in files of qsm-collect
+ENV = "qsm_env"  # the environment's name, in files of qsm-collect
 
 
 def load(source: str, observation_dim: int, action_dim: int, timed: bool = False, env: str = "") -> TensorDict:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import signal
 from pathlib import Path
+from typing import TextIO
 
 
 class SettingError(ValueError):
@@ -41,6 +42,16 @@ class Interrupted(BaseException):
         self.signum = signum
         self.at_once = at_once
         self.checkpoint: Path | None = None
+
+
+def tell(line: str, stream: TextIO | None = None) -> None:
+    """Print a line of a run that goes on, to standard output by default: a full disk costs the line alone."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def one_line(message: object) -> str:

@@ -46,7 +46,7 @@ class OffPolicyModule(LightningModule):
         loss: the algorithm and its settings.
         critic_lr: learning rate of the critics.
         actor_lr: learning rate of the denoiser.
-        actor_lr_decay_updates: updates over which the denoiser's rate falls to 0 along a cosine; 0 keeps it constant.
+        actor_lr_decay_updates: updates over which all rates but the critics' fall to 0 along a cosine; 0 keeps them.
             By default what the algorithm has of its own: 2,000,000 for QSM and CQSM, and 0 for others.
         ema: decay per update, in (0, 1), of an exponential moving average of the denoiser's weights, which is then what
             is evaluated; none by default.

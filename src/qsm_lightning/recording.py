@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def record_episode(
     """
     env, render = make_render_env(name)
     frames, episode_return = [], 0.0
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), closing(env):
         torch.manual_seed(noise_seed)
         env.set_seed(env_seed)
         state = env.reset()
@@ -60,7 +61,6 @@ def record_episode(
             if stepped["next", "done"].item():
                 break
             state = step_mdp(stepped)
-    env.close()
     return np.stack(frames), episode_return
 
 

@@ -116,7 +116,7 @@ def metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns of a metrics.csv, and its rows, but for one that a killed process left unfinished."""
     content = path.read_bytes()
     content = content[: content.rfind(b"\n") + 1]  # a torn last line is not whole
-    content = content.replace(b"\0", b"")  # blocks that a power cut left unwritten
+    content = b"".join(line for line in content.splitlines(True) if b"\0" not in line)  # blocks lost in a power cut
     reader = csv.DictReader(io.StringIO(content.decode(errors="replace"), newline=""))
     rows = [row for row in reader if None not in row.values() and None not in row and _is_number(row.get("step"))]
     return list(reader.fieldnames or []), rows

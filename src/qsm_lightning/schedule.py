@@ -87,9 +87,11 @@ class NoiseSchedule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NoiseSchedule:
         """As ``nn.Module`` does, but that in another precision the coefficients are rounded from float64 alone."""
+        before = self.betas.dtype
         super()._apply(fn, recurse)
-        for key, exact in self._exact.items():
-            getattr(self, key).copy_(exact)
+        if self.betas.dtype != before:
+            for key, exact in self._exact.items():
+                getattr(self, key).copy_(exact)
         return self
 
     @property

@@ -13,12 +13,12 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from pytorch_lightning.utilities import rank_zero_only
 
 from qsm_lightning import durable, runs
-from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault
+from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, tell
 
 # Of paths that were given: in another user's folder, or longer than names may be.
 UNREACHABLE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
@@ -51,7 +51,6 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
         _stop(prog, error, str(error), 2)
     except OSError as error:
         if error.errno in FULL:
-            _drop_unwritable_output()
             _stop(prog, error, f"what it writes finds no place ({error.strerror}): free some disk", 3)
         if error.errno not in UNREACHABLE or error.filename is None:
             raise
@@ -77,7 +76,9 @@ def _stop(prog: str, error: BaseException, message: str, status: int) -> NoRetur
     """End with a sentence; what all ranks end with is said by the first."""
     ignore_ctrl_c()
     if rank_zero_only.rank == 0 or not getattr(error, "agreed", False):  # type: ignore[attr-defined]
-        print(f"{_speaker(prog)}: {message}", file=sys.stderr, flush=True)
+        tell(f"{_speaker(prog)}: {message}", sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        _drop_unwritable(stream)
     sys.exit(status)
 
 
@@ -86,12 +87,14 @@ def _flush() -> None:
         sys.stdout.flush()
 
 
-def _drop_unwritable_output() -> None:
-    """Have standard output go nowhere if it cannot be written."""
+def _drop_unwritable(stream: TextIO | None) -> None:
+    """Have what a full disk does not take go nowhere."""
     try:
-        _flush()
+        if stream is not None:
+            stream.flush()
     except OSError:
-        _to_nowhere(sys.stdout.fileno())
+        assert stream is not None
+        _to_nowhere(stream.fileno())
 
 
 def _to_nowhere(number: int) -> None:
@@ -101,7 +104,7 @@ def _to_nowhere(number: int) -> None:
 def _drop_unread_output() -> bool:
     """Have what goes into pipes that nobody reads any more go nowhere; whether there are any."""
     unread = []
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         ends = select.poll()
         ends.register(stream.fileno(), 0)
         if any(event & select.POLLERR for _, event in ends.poll(0)):

@@ -28,7 +28,7 @@ from rich.text import Text
 from qsm_lightning import checkpoints, cli, durable, launching, resume, runs
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, require
+from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, require, tell
 from qsm_lightning.seeding import check_seed
 
 OWN = (
@@ -304,7 +304,7 @@ class Sweep:
                     time.sleep(POLL)
                     show()
                 show()
-            except OSError:  # nobody reads any more what it prints
+            except BrokenPipeError:  # nobody reads any more what it prints
                 self._interrupt(signal.SIGTERM, None)
                 raise
         for future in futures:
@@ -399,7 +399,7 @@ class View:
             self.live.update(self._table(), refresh=True)
             return
         for job in self._changed():
-            print(job.line(), flush=True)
+            tell(job.line())
 
     def _changed(self) -> Iterator[Job]:
         for job in self.jobs:
