@@ -50,8 +50,8 @@ class EvaluationVideo(Callback):
             return
         data = datamodule_of(trainer)
         policy = pl_module.loss.evaluation_policy()  # type: ignore[union-attr, operator]
-        settings = {"max_frames": self.max_frames, "every": 4, "each_step": data.stopping.leave}
-        record = partial(record_episode, data.env_name, policy, self.seed, self.seed, **settings)  # type: ignore[arg-type]
+        episode = (data.env_name, policy, self.seed, self.seed, self.max_frames)
+        record = partial(record_episode, *episode, every=4, each_step=data.stopping.leave)
         try:
             with pl_module.averaged_weights():  # type: ignore[operator]
                 frames, _ = data.surviving(record, lambda: None)

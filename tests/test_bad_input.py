@@ -11,7 +11,7 @@ import torch
 
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import DACER
-from qsm_lightning.messages import shipped_config
+from qsm_lightning.messages import sentence, shipped_config
 from qsm_lightning.module import OffPolicyModule
 from tests.conftest import Command
 from tests.helpers import SHRINK
@@ -226,3 +226,9 @@ def test_a_checkpoint_of_another_environment(quick_command: Command, tmp_path: P
     assert again.returncode == 2
     assert "already at 60 frames" in again.stderr
     assert snapshot(tmp_path) == before
+
+
+def test_a_logger_that_is_not_installed_is_named() -> None:
+    """In place of all that jsonargparse tells of it."""
+    told = "Errors: - Problem with given class_path 'a.WandbLogger': Requirement 'wandb>=0.12.10' not met. HINT: Try"
+    assert sentence(told, []) == "a.WandbLogger needs wandb>=0.12.10: pip install 'wandb>=0.12.10'"

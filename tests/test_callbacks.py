@@ -321,6 +321,16 @@ def test_an_episode_without_an_end_is_left(monkeypatch: pytest.MonkeyPatch) -> N
         record_episode("Pendulum-v1", policy, 1, 2, each_step=stop)
 
 
+def test_a_signal_in_a_video_leaves_it_for_the_checkpoint_that_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    episode = Mock(side_effect=Interrupted(signal.SIGTERM))
+    data = SimpleNamespace(env_name="Pendulum-v1", stopping=SimpleNamespace(leave=None), surviving=lambda act, _: act())
+    monkeypatch.setattr("qsm_lightning.callbacks.video.record_episode", episode)
+    monkeypatch.setattr("qsm_lightning.callbacks.video.datamodule_of", lambda _: data)
+    trainer: Any = SimpleNamespace(is_global_zero=True)  # asked for a logger, it would fail
+    cb.EvaluationVideo().on_validation_end(trainer, Mock(averaged_weights=nullcontext))
+    assert episode.called
+
+
 @pytest.mark.parametrize("fault", [RuntimeError("no GL context"), None])
 def test_rendering_that_fails_is_said_before_training(fault: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     render = Mock(side_effect=fault, return_value=None)

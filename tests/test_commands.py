@@ -476,7 +476,7 @@ def test_a_full_disk_costs_a_run_its_lines_alone(tmp_path: Path) -> None:
     """Those of progress and, after a signal, the one that it stops: the checkpoint is there."""
     long = ["--data.total_frames=10000000", "--data.eval_every_frames=30", "--model.compile=false"]
     code = (
-        "import sys; from qsm_lightning import cli; from callbacks import FrameProgress, StopOnSignal\n"
+        "import sys; from qsm_lightning import cli; from qsm_lightning.callbacks import FrameProgress, StopOnSignal\n"
         "for cls, name in ((FrameProgress, '_print_line'), (StopOnSignal, '_stop')):\n"
         "    def full(*args, inner=getattr(cls, name)):\n"
         "        out, err = sys.stdout, sys.stderr\n"
@@ -487,7 +487,7 @@ def test_a_full_disk_costs_a_run_its_lines_alone(tmp_path: Path) -> None:
         "cli.fit(sys.argv[1:])"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code.replace("from callbacks", "from qsm_lightning.callbacks"), *TINY, *long],
+        [sys.executable, "-c", code, *TINY, *long],
         cwd=tmp_path,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -115,6 +115,8 @@ def test_alpha_policy_and_targets_have_their_turns(tmp_path: Path, monkeypatch: 
     assert trainer.global_step == 21 + 7 + 3
     assert [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers] == [3e-4, 3e-4, 0.02]
     assert len(moved) == 7
+    loss = made(alpha_every=7, policy_delay=3)
+    assert (loss.every["targets"], loss.learning_rates) == (3, {"alpha": 3e-2})
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,7 @@ def test_gpus_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert set(seen.values()) == {"3,5"}
 
 
-def test_a_hang_up_that_nohup_ignores_stays_ignored(tmp_path: Path) -> None:
-    seen = {}
+def test_a_hang_up_that_nohup_ignores_stays_ignored() -> None:
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

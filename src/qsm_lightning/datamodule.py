@@ -41,7 +41,7 @@ from qsm_lightning.experience import Experience
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.losses.base import non_finite
 from qsm_lightning.plain import generators_state, load_generators_state
-from qsm_lightning.policy import BestOfNPolicy, Policy
+from qsm_lightning.policy import Policy, check_candidates
 from qsm_lightning.precision import full_precision_on
 from qsm_lightning.replay import FrameBuffer, Storage
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
@@ -172,15 +172,13 @@ class OffPolicyDataModule(LightningDataModule):
             "utd": utd,
             "eval_every_frames": eval_every_frames,
             "eval_episodes": eval_episodes,
-            "eval_candidates": eval_candidates,
             "env_timeout": env_timeout,
             "rank_timeout": rank_timeout,
             "collector_workers": collector_workers,
             "rounds_per_batch": 1 if rounds_per_batch is None else rounds_per_batch,
         }
         require_positive(**{f"data__{name}": value for name, value in settings.items()})
-        most = BestOfNPolicy.MOST
-        require(eval_candidates <= most, f"data.eval_candidates is {eval_candidates}: it must be at most {most}")
+        check_candidates(eval_candidates, "data.eval_candidates")
         envs, envs_named = num_envs, f"data.num_envs ({num_envs})"
         if collector != "local":
             envs *= collector_workers

@@ -9,7 +9,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from qsm_lightning.errors import TrainingFault
+from qsm_lightning.errors import TrainingFault, require
 from qsm_lightning.sampler import Sampler
 
 
@@ -78,6 +78,15 @@ class ExplorationPolicy(Policy):
         return add_action_noise(action, torch.randn_like(action), self.noise_std)
 
 
+MOST_CANDIDATES = 10_000  # memory grows with them
+
+
+def check_candidates(n: int, setting: str) -> None:
+    """Raise :class:`SettingError` that names ``setting`` unless there can be ``n`` candidates."""
+    require(n > 0, f"{setting} is {n}: it must be greater than 0")
+    require(n <= MOST_CANDIDATES, f"{setting} is {n}: it must be at most {MOST_CANDIDATES}")
+
+
 class BestOfNPolicy(DiffusionPolicy):
     """Draws ``n`` actions per observation and takes the one that the smallest critic values most.
 
@@ -85,8 +94,6 @@ class BestOfNPolicy(DiffusionPolicy):
         critics: (observation [N, O], action [N, A]) -> values [ensemble, N].
         n: number of candidates.
     """
-
-    MOST = 10_000  # candidates: memory grows with them
 
     def __init__(self, sampler: Sampler, critics: nn.Module, n: int) -> None:
         super().__init__(sampler)

@@ -77,24 +77,27 @@ def _stop(prog: str, error: BaseException, message: str, status: int) -> NoRetur
     ignore_ctrl_c()
     if rank_zero_only.rank == 0 or not getattr(error, "agreed", False):  # type: ignore[attr-defined]
         tell(f"{_speaker(prog)}: {message}", sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        _drop_unwritable(stream)
+    _drop_unwritable_output()
     sys.exit(status)
 
 
+def _streams() -> list[TextIO]:
+    """Standard output and error, but for what a shell has closed."""
+    return [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+
+
 def _flush() -> None:
-    if sys.stdout is not None:  # as it is where a shell has closed it
+    if sys.stdout is not None:
         sys.stdout.flush()
 
 
-def _drop_unwritable(stream: TextIO | None) -> None:
+def _drop_unwritable_output() -> None:
     """Have what a full disk does not take go nowhere."""
-    try:
-        if stream is not None:
+    for stream in _streams():
+        try:
             stream.flush()
-    except OSError:
-        assert stream is not None
-        _to_nowhere(stream.fileno())
+        except OSError:
+            _to_nowhere(stream.fileno())
 
 
 def _to_nowhere(number: int) -> None:
@@ -104,7 +107,7 @@ def _to_nowhere(number: int) -> None:
 def _drop_unread_output() -> bool:
     """Have what goes into pipes that nobody reads any more go nowhere; whether there are any."""
     unread = []
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for stream in _streams():
         ends = select.poll()
         ends.register(stream.fileno(), 0)
         if any(event & select.POLLERR for _, event in ends.poll(0)):

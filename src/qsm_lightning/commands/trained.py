@@ -18,7 +18,7 @@ from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import SettingError, one_line, require
 from qsm_lightning.module import OffPolicyModule
-from qsm_lightning.policy import BestOfNPolicy
+from qsm_lightning.policy import check_candidates
 
 log = logging.getLogger(__name__)
 
@@ -72,9 +72,7 @@ class Trained:
             SettingError: when the algorithm does not have it.
         """
         loss = self.module.loss
-        require(candidates > 0, f"--candidates is {candidates}: it must be greater than 0")
-        most = BestOfNPolicy.MOST
-        require(candidates <= most, f"--candidates is {candidates}: it must be at most {most}")
+        check_candidates(candidates, "--candidates")
         require(
             selector in loss.selectors,
             f"--selector is {selector}: {type(loss).__name__} has {' and '.join(loss.selectors)}",

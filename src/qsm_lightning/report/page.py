@@ -26,16 +26,20 @@ DPI, SHOWN_DPI = 140, 80  # of the pictures, and at which the page shows them
 COLUMNS = ("task", "algorithm", "runs", "frames", "final, IQM [95 %]", "final, mean ± deviation", "best, IQM [95 %]")
 
 
-def cells(row: Row) -> list[str]:
-    """A row of the table as text, in the order of :data:`COLUMNS`. One run has no interval and no deviation."""
-    n = row.digits
+def cells(row: Row, n: int) -> list[str]:
+    """A row as text with ``n`` decimals, in the order of :data:`COLUMNS`. One run has no interval and no deviation."""
     mean = f"{row.mean:.{n}f} ± {row.deviation:.{n}f}" if row.runs > 1 else f"{row.mean:.{n}f}"
     return [row.env, row.label, str(row.runs), f"{row.frames:,}", row.final.text(n), mean, row.best.text(n)]
 
 
+def table(summary: Summary) -> list[list[str]]:
+    """The table as text."""
+    return [cells(row, summary.digits[row.env]) for row in summary.rows]
+
+
 def markdown(summary: Summary) -> str:
     """The table in Markdown."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, summary.rows)]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *table(summary)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -113,8 +117,7 @@ def _provenance(results: list[Result]) -> str:
 def page(comparison: Comparison, summary: Summary, images: dict[str, bytes], selector: str, notes: list[str]) -> str:
     """The page: everything in one file, with nothing loaded from elsewhere."""
     results = [result for by_label in comparison.values() for each in by_label.values() for result in each]
-    digits = {row.env: row.digits for row in summary.rows}
-    ends = {env: [f"{end:.{digits[env]}f}" for end in pair] for env, pair in summary.scale.items()}
+    ends = {env: [f"{end:.{summary.digits[env]}f}" for end in pair] for env, pair in summary.scale.items()}
     scales = "; ".join(f"{env}: {' and '.join(pair)}" for env, pair in ends.items())
     parts = [
         "<h1>Comparison of runs</h1>\n",
@@ -126,7 +129,7 @@ def page(comparison: Comparison, summary: Summary, images: dict[str, bytes], sel
         "<h2>Learning curves</h2>\n",
         _image(images["curves"], "evaluation return over frames"),
         "<h2>Final and best</h2>\n",
-        _html_table(list(COLUMNS), [cells(row) for row in summary.rows], 2),
+        _html_table(list(COLUMNS), table(summary), 2),
         '<p class="note">Final is the last evaluation, best the highest one of each run: chosen after the fact, it is '
         "above what a policy of that run is worth.</p>\n",
     ]

@@ -36,10 +36,7 @@ def band(function: Callable[..., Array], *samples: Array) -> Band:
 
 @dataclass(frozen=True)
 class Row:
-    """One algorithm on one task, at the last frame at which all of the task's runs, or its own, were evaluated.
-
-    ``digits`` are the decimals with which the task's returns tell its algorithms apart.
-    """
+    """One algorithm on one task, at the last frame at which all of the task's runs, or its own, were evaluated."""
 
     env: str
     label: str
@@ -49,7 +46,6 @@ class Row:
     mean: float
     deviation: float
     best: Band
-    digits: int
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,7 @@ class Summary:
         curves: by environment and label, interquartile mean over runs at ``frames``.
         rows: the table.
         scale: by environment, the returns that count as 0 and 1 where tasks are taken together.
+        digits: by environment, the decimals with which returns tell its algorithms apart.
         labels: those that are compared in every environment, and can be taken together.
         aggregate: by label, interquartile mean of scaled final returns over all tasks.
         profiles: by label, share of runs above each of :data:`LEVELS`.
@@ -71,6 +68,7 @@ class Summary:
     curves: dict[str, dict[str, Band]]
     rows: list[Row]
     scale: dict[str, tuple[float, float]]
+    digits: dict[str, int]
     labels: list[str]
     aggregate: dict[str, Band]
     profiles: dict[str, Band]
@@ -95,20 +93,21 @@ def summarize(comparison: Comparison) -> Summary:
     """The figures of a comparison, every run with the same weight."""
     frames: dict[str, dict[str, list[int]]] = {}
     curves: dict[str, dict[str, Band]] = {}
-    rows, scale = [], {}
+    rows, scale, digits = [], {}, {}
     final: dict[str, dict[str, Array]] = {}
     for env, by_label in comparison.items():
         frames[env], short = measured(by_label)
         returns = {name: at(results, frames[env][name]) for name, results in by_label.items()}  # [runs, frames]
         curves[env] = {name: band(iqm, sample) for name, sample in returns.items()}
         compared = [sample.ravel() for name, sample in returns.items() if name not in short]
-        low, high = scale[env] = scale_of(env, np.concatenate(compared))
-        digits = digits_of(np.concatenate(compared))
+        together = np.concatenate(compared)
+        low, high = scale[env] = scale_of(env, together)
+        digits[env] = digits_of(together)
         for name, sample in returns.items():
             last = sample[:, -1]
             bands = band(iqm, last), band(iqm, sample.max(1))
             end = frames[env][name][-1]
-            rows.append(Row(env, name, len(last), end, bands[0], last.mean(), _deviation(last), bands[1], digits))
+            rows.append(Row(env, name, len(last), end, bands[0], last.mean(), _deviation(last), bands[1]))
             if name not in short:
                 final.setdefault(name, {})[env] = (last - low) / (high - low)
     labels = [name for name, by_env in final.items() if len(by_env) == len(comparison)]
@@ -119,6 +118,7 @@ def summarize(comparison: Comparison) -> Summary:
         curves,
         rows,
         scale,
+        digits,
         labels,
         {name: band(iqm, *samples[name]) for name in labels},
         {name: band(share, *((x[:, None] > LEVELS).astype(float) for x in samples[name])) for name in labels},
