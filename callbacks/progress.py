@@ -107,6 +107,8 @@ class FrameProgress(RichProgressBar):
     def _measure(self, trainer: Trainer) -> None:
         progress = datamodule_of(trainer).progress
         now = (time.monotonic(), progress.frames, progress.updates)
+        if self._mark[2] == 0:  # frames before the first update take no time: they would promise too little
+            self._start = self._mark
         seconds = max(now[0] - self._mark[0], 1e-9)
         self._speed = ((now[1] - self._mark[1]) / seconds, (now[2] - self._mark[2]) / seconds)
         self._mark = now

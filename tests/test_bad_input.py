@@ -24,6 +24,7 @@ FILES = {
     "unknown.yaml": "data:\n  envv: x\n",
     "nested.yaml": "model:\n  loss:\n    m_z: 3\n",
     "interpolated.yaml": "data:\n  env: ${oc.env:NO_SUCH_VARIABLE}\n",
+    "stopping.yaml": "trainer: {callbacks: {class_path: EarlyStopping, init_args: {monitor: eval/retrun, mode: max}}}",
     "not_a.ckpt": "this is text",
     "file": "a file where a folder is wanted",
 }
@@ -112,6 +113,14 @@ CASES = {
     "half precision": ([*PENDULUM, "--trainer.precision", "16-true"], "trainer.precision is '16-true': choose 32-true"),
     "zero clipping": ([*PENDULUM, "--trainer.gradient_clip_val", "0"], "trainer.gradient_clip_val is 0: .* or null"),
     "unknown clipping": ([*PENDULUM, "--trainer.gradient_clip_algorithm", "x"], "clip_algorithm is 'x': choose norm"),
+    "a metric that is not logged": (
+        [*PENDULUM, "--config", "stopping.yaml"],
+        "EarlyStopping's monitor is 'eval/retrun', .* from eval/return, .*, eval_best_of_n/return,",
+    ),
+    "a metric of a policy that is not evaluated": (
+        [*PENDULUM, "--config", "stopping.yaml", "--data.eval_selector=sample"],
+        "'eval/retrun', .* from eval/return, eval/return_std, eval/length$",
+    ),
     "an average of nothing": ([*PENDULUM, "--model.ema", "1"], "model.ema is 1.0: .* such as 0.999, or null"),
 }
 

@@ -173,6 +173,19 @@ def test_a_full_disk_costs_a_warning_and_another_attempt(tmp_path: Path, monkeyp
     assert [checkpoint.order[0] for checkpoint in complete(run.folder)] == [10, 20]
 
 
+def test_the_time_left_is_that_of_frames_with_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("qsm_lightning.callbacks.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    trainer, bar = stand_in(), cb.FrameProgress(line_seconds=10)
+    progress = trainer.datamodule.progress
+    bar.on_train_start(trainer, Mock())
+    left = []
+    for clock.now, progress.frames, progress.updates in [(10, 4000, 0), (20, 5000, 1000), (30, 6500, 2500)]:
+        bar.on_train_batch_end(trainer, Mock(), None, None, 0)
+        left.append(bar.get_metrics(trainer, Mock())["left"])
+    assert left == ["0:00:15", "0:00:50", "0:00:28"]
+
+
 def test_metrics_are_written_every_so_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 10.0, 10.0])
     monkeypatch.setattr("qsm_lightning.callbacks.metrics.time", SimpleNamespace(perf_counter=lambda: next(clock)))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from benchmarks.training import quiet_trainer
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
 from tensordict import TensorDictBase
 from torch import nn
@@ -50,6 +51,20 @@ def test_the_actors_rate_follows_a_cosine_to_zero_and_stays_there(decay: int) ->
         for optimizer, scheduler in zip(others, schedulers, strict=True):
             optimizer.step()
             scheduler.step()
+
+
+def test_monitors_of_what_evaluations_or_the_users_callbacks_log() -> None:
+    """The command line's refusals are in test_bad_input.py."""
+    module, data = OffPolicyModule(3, 1, SMALL), OffPolicyDataModule("Pendulum-v1")
+    for monitor in ("eval/return", "eval_best_of_n/length", "step"):
+        module.check_monitors(Trainer(logger=False, callbacks=[EarlyStopping(monitor)]), data)
+    with pytest.raises(SettingError, match="ModelCheckpoint's monitor is 'own/metric', which is not logged"):
+        module.check_monitors(Trainer(logger=False, callbacks=[ModelCheckpoint(monitor="own/metric")]), data)
+
+    class Own(Callback):
+        """May log it."""
+
+    module.check_monitors(Trainer(logger=False, callbacks=[EarlyStopping("own/metric"), Own()]), data)
 
 
 def clipped(gradients: list[torch.Tensor], value: float, algorithm: str | None) -> list[torch.Tensor]:

@@ -240,6 +240,7 @@ def build(args: list[str] | None) -> FitCLI:
     cli.trusted = trusted
     cli.datamodule.check_ranks(cli.trainer.world_size)
     cli.datamodule.check_loss(cli.model.loss)
+    cli.model.check_monitors(cli.trainer, cli.datamodule)
     cli.model.compiles(cli.trainer, cli.datamodule)
     return cli
 

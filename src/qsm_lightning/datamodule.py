@@ -334,7 +334,7 @@ class OffPolicyDataModule(LightningDataModule):
         """Raise :class:`SettingError` unless ``loss`` has the policy that is to be evaluated, and suits the env."""
         wanted = self.eval_selectors
         require(
-            bool({*wanted} & {*loss.selectors}),
+            bool(self.selectors_of(loss)),
             f"data.eval_selector is {wanted[0]}: {type(loss).__name__} has {' and '.join(loss.selectors)}",
         )
         loss.check_env(self.env)
@@ -573,7 +573,8 @@ class OffPolicyDataModule(LightningDataModule):
         def selectors() -> dict[str, dict[str, torch.Tensor]]:
             assert self.trainer is not None
             with self._module.averaged_weights():
-                return {s: self.surviving(partial(episodes, s), self._drop_eval_env) for s in self._selectors}
+                names = self.selectors_of(self._loss)
+                return {name: self.surviving(partial(episodes, name), self._drop_eval_env) for name in names}
 
         evaluated = self.stopping.together(selectors)
         self.check_stop()
@@ -581,10 +582,9 @@ class OffPolicyDataModule(LightningDataModule):
         self.progress.evaluated = self.progress.frames
         return {s: {k: torch.cat([part[s][k] for part in parts]) for k in parts[0][s]} for s in parts[0]}
 
-    @property
-    def _selectors(self) -> list[str]:
-        """Those wanted that the loss has."""
-        return [selector for selector in self.eval_selectors if selector in self._loss.selectors]
+    def selectors_of(self, loss: OffPolicyLoss) -> list[str]:
+        """Those wanted of an evaluation that ``loss`` has."""
+        return [selector for selector in self.eval_selectors if selector in loss.selectors]
 
     def check_stop(self, rest: Callable[[], list[TensorDictBase]] | None = None) -> None:
         """Where training may be left at once and gone on with later, raise :class:`Interrupted` if all ranks stop.

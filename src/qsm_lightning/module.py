@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins import MixedPrecision
 from tensordict import TensorDictBase
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from qsm_lightning.seeding import global_seed
 
 log = logging.getLogger(__name__)
 
+EVALUATED = ("return", "return_std", "length")  # what is logged of an evaluation's episodes
 MAX_SKIPPED_IN_A_ROW = 20  # from GradScaler's first scale, 65536, down to 0.06
 
 LossFactory = Callable[[int, int], OffPolicyLoss]
@@ -242,19 +243,29 @@ class OffPolicyModule(LightningModule):
         """Log the evaluated episodes, of all ranks, of each selector; ``eval/return`` is the first one's."""
         frames = datamodule_of(self.trainer).progress.frames
         self.log("step", torch.tensor(frames, dtype=torch.float64))  # x-axis; float32 is exact to 2^24 only
-        for i, (selector, episodes) in enumerate(batch.items()):
-            prefix = "eval" if i == 0 else f"eval_{selector}"
+        for prefix, episodes in zip(prefixes(batch), batch.values(), strict=True):
             returns = episodes["return"]
             if not returns.isfinite().all():
                 fault = TrainingFault(f"{prefix}/return is NaN or infinite after frame {frames}")
                 datamodule_of(self.trainer).stopping.agree(fault)
-            self.log_dict(
-                {
-                    f"{prefix}/return": returns.mean(),
-                    f"{prefix}/return_std": returns.std(correction=0),
-                    f"{prefix}/length": episodes["length"].mean(),
-                },
-                batch_size=1,
+            values = (returns.mean(), returns.std(correction=0), episodes["length"].mean())
+            self.log_dict({f"{prefix}/{name}": v for name, v in zip(EVALUATED, values, strict=True)}, batch_size=1)
+
+    def check_monitors(self, trainer: Trainer, data: OffPolicyDataModule) -> None:
+        """Raise :class:`SettingError` where a callback's ``monitor`` is a metric that nothing logs.
+
+        Callbacks of the user's own may log others: beside one, nothing is refused.
+        """
+        callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
+        if any(type(c).__module__.partition(".")[0] not in ("pytorch_lightning", "qsm_lightning") for c in callbacks):
+            return
+        logged = [f"{prefix}/{name}" for prefix in prefixes(data.selectors_of(self.loss)) for name in EVALUATED]
+        for callback in callbacks:
+            monitor = getattr(callback, "monitor", None)
+            require(
+                monitor in (None, "step", *logged),
+                f"trainer.callbacks: {type(callback).__name__}'s monitor is {monitor!r}, which is not logged; choose "
+                f"from {', '.join(logged)}",
             )
 
     def on_train_start(self) -> None:
@@ -439,3 +450,8 @@ def loss_from_spec(spec: LossFactory | dict[str, Any]) -> LossFactory:
         f"the checkpoint's model.loss is {spec['class_path']!r}, which is not an OffPolicyLoss; choose another",
     )
     return partial(cls, **spec["init_args"])
+
+
+def prefixes(selectors: Iterable[str]) -> list[str]:
+    """Of the metrics of each policy that is evaluated: ``eval`` of the first, ``eval_NAME`` of others."""
+    return ["eval" if i == 0 else f"eval_{selector}" for i, selector in enumerate(selectors)]
