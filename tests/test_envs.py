@@ -51,6 +51,7 @@ def test_one_interface(name: str, observation_dim: int, action_dim: int, num_env
     [
         "Hopper-v5",
         pytest.param("dmc:cheetah/run", marks=needs_dmc),
+        pytest.param("dmc:lqr/lqr_2_1", marks=needs_dmc),  # draws its springs when it is built
         pytest.param("envpool:Hopper-v5", marks=needs_envpool),
     ],
 )

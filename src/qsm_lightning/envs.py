@@ -280,9 +280,9 @@ def _dmc_env(task: str, time: ContinuousTime | None = None) -> EnvBase:
         raise SettingError(f"data.env is {name!r}: dm_control has no such task; {hint}")
     env: EnvBase
     if time is None:
-        env = GuardedDMControlEnv(domain, task)
+        env = GuardedDMControlEnv(domain, task, random=0)  # lqr draws its springs when it is built
     else:
-        env = GuardedTimedDMControlEnv(domain, task)
+        env = GuardedTimedDMControlEnv(domain, task, random=0)
         time_dm_control(env, name, time)
     env.source = name
     _check_bounds(name, env.action_spec.space.low.numpy(), env.action_spec.space.high.numpy())
