@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torchrl._utils import seed_generator
 
 from qsm_lightning import datasets
 from qsm_lightning.cli import run_name
@@ -17,6 +19,7 @@ from qsm_lightning.continuous import ContinuousTime, moving_action
 from qsm_lightning.env_state import env_states, load_env_states
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import SettingError
+from qsm_lightning.evaluation import run_episodes
 from qsm_lightning.replay import make_replay_buffer
 from qsm_lightning.trust import check_env
 from tests.helpers import needs_dmc
@@ -168,6 +171,37 @@ def test_several_copies_go_on_and_begin_anew_each_on_its_own() -> None:
     assert torch.equal(here[~done], before[~done])
     assert torch.equal(here[done][:, 3:], torch.zeros(int(done.sum()), 2))
     assert len({tuple(row.nonzero().flatten().tolist()) for row in done}) == 3
+
+
+@pytest.mark.parametrize("processes", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "continuous:Hopper-v5?max_speed=20&horizon=1",
+        "continuous:Pendulum-v1?horizon=0.5&jitter=0.5",
+        pytest.param("continuous:dmc:cartpole/swingup?horizon=0.8&jitter=0.5&time_scale=4&max_speed=10", marks=needs_dmc),
+    ],
+)
+def test_episodes_are_evaluated_side_by_side_as_one_by_one(name: str, processes: bool) -> None:
+    """Also when one is over sooner: its copy rests until the others' are."""
+
+    class Act(TensorDictModuleBase):
+        in_keys, out_keys = ["observation"], ["action"]
+
+        def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+            width = together.action_spec.shape[-1]
+            return tensordict.set("action", tensordict["observation"][..., :width].sin())
+
+    together = make_env(name, 4, processes=processes)
+    found = run_episodes(together, Act(), 7, 1)
+    together.close()
+    seed, each = 7, []
+    for _ in range(4):
+        each.append(run_episodes(make_env(name), Act(), seed, 1))
+        seed = seed_generator(seed)
+    assert len(set(found["length"].tolist())) > 1
+    assert torch.equal(found["length"], torch.cat([one["length"] for one in each]))
+    assert torch.allclose(found["return"], torch.cat([one["return"] for one in each]), rtol=1e-5)
 
 
 def test_an_environment_s_state_has_its_clock() -> None:

@@ -27,6 +27,7 @@ from qsm_lightning.errors import SettingError, require
 PREFIX = "continuous"
 TIME_STEP = "time_step"
 TERMINAL_REWARD = "terminal_reward"
+STATE, VELOCITY = "continuous_state", "continuous_velocity"  # what a policy saw and gave, while the environment steps
 
 
 @dataclass(frozen=True)
@@ -264,13 +265,20 @@ class MovingAction(Transform):
         return tensordict_reset.set("observation", torch.cat([observation, start], -1))
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The environment's own observation and action; the others under keys that no environment has.
+
+        Of copies that rest, as their episode is over and those of others are not, a step gives back what stood there.
+        """
+        state = tensordict["observation"]
+        tensordict[STATE] = state
+        tensordict["observation"] = state[..., : state.shape[-1] - self.extra]
         if self.moved:
-            tensordict["velocity"] = tensordict["action"]
-            tensordict["action"] = tensordict["observation"][..., -self.moved :]
+            tensordict[VELOCITY] = tensordict["action"]
+            tensordict["action"] = state[..., -self.moved :]
         return tensordict
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        state, time_step = tensordict["observation"], next_tensordict[TIME_STEP]
+        state, time_step = tensordict[STATE], next_tensordict[TIME_STEP]
         parts = [next_tensordict["observation"]]
         if self.time.horizon is not None:
             place = state.shape[-1] - self.extra
@@ -278,7 +286,7 @@ class MovingAction(Transform):
             parts.append(passed)
             self._end(next_tensordict, passed > 1 - 0.5 * time_step / self.time.horizon)  # the nearest step
         if self.time.max_speed is not None:
-            velocity = self.time.max_speed * tensordict["velocity"]
+            velocity = self.time.max_speed * tensordict[VELOCITY]
             parts.append(moved(state[..., -self.moved :], velocity, time_step, self.time.sigma))
         return next_tensordict.set("observation", torch.cat(parts, -1))
 
