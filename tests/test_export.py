@@ -13,6 +13,7 @@ from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -451,3 +452,13 @@ def test_a_full_disk_ends_in_a_sentence(run: Path, tmp_path: Path, full_disk: Fu
     full_disk(tmp_path)
     with pytest.raises(SettingError, match="--out is .*policy.pt2', which cannot be written .*No space left"):
         export.run([str(run), "--format", "torch-export", "--out", str(tmp_path / "policy.pt2")])
+
+
+def test_an_output_is_a_velocity_where_the_environment_moves_the_action() -> None:
+    """Whatever the algorithm."""
+    stands, moves = (
+        export._metadata(Mock(env=env, frames=1, module=Mock(hparams={"action_dim": 1}, loss=SAC(4, 1))), "sample", {})
+        for env in ("continuous:Pendulum-v1?time_scale=1/2", "continuous:Pendulum-v1?max_speed=7.5&sigma=0.5")
+    )
+    assert stands["action"] == "[batch, 1] in [-1, 1]; the environment's is low + (action + 1) / 2 * (high - low)"
+    assert "; a velocity: the action, which is the end of the observation, goes to clip(action + 7.5" in moves["action"]

@@ -89,6 +89,16 @@ class ContinuousTime:
         return time
 
     @property
+    def output(self) -> str:
+        """What a policy's output is in the environment; empty where it is the action itself."""
+        if self.max_speed is None:
+            return ""
+        return (
+            "a velocity: the action, which is the end of the observation, goes to "
+            f"clip(action + {self.max_speed:g} output dt, -1, 1)"
+        )
+
+    @property
     def keeps_the_step(self) -> bool:
         """Whether the environment's own time step is left as it is."""
         return self.time_scale == 1 and self.jitter == 0

@@ -68,11 +68,6 @@ class OffPolicyLoss(LossModule):
         return False
 
     @property
-    def output(self) -> str:
-        """What the policies give, in words for those who are handed one, where that is not the action."""
-        return ""
-
-    @property
     def in_keys(self) -> list[NestedKey]:
         """Keys read from a replay batch."""
         keys = self.tensor_keys

@@ -224,13 +224,6 @@ class CQSMLoss(OffPolicyLoss):
     def term_modules(self, term: str) -> list[nn.Module]:
         return [self.critics] if term == "qvalue" else [self.score]
 
-    @property
-    def output(self) -> str:
-        return (
-            f"a velocity: the action, which is the end of the observation, goes to clip(action + {self.unit:g} output "
-            "dt, -1, 1)"
-        )
-
     def update_targets(self) -> None:
         """Qbar_i <- (1 - tau) Qbar_i + tau Q_i."""
         polyak_update(self.critics, self.target_critics, self.tau)
