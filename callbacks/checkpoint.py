@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping
 from typing_extensions import override
 
 from qsm_lightning import checkpoints
@@ -57,6 +57,9 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.every_frames is not None:
             datamodule_of(trainer).end_batches_every(self.every_frames)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping):  # else it counts an evaluation after it was saved
+                callback._check_on_train_epoch_end = False
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -370,6 +370,40 @@ def test_trainer_flags_that_change_what_is_written(extra: list[str], quick_comma
     assert "final return: " in result.stdout
 
 
+EARLY = {
+    "max_steps": (["--trainer.max_steps=5"], "trainer.max_steps"),
+    "max_epochs": (["--trainer.max_epochs=1"], "trainer.max_epochs"),
+    "max_time": (
+        ["--trainer.max_time=00:00:00:01", "--data.total_frames=1000000", "--data.eval_every_frames=1000000"],
+        "trainer.max_time",
+    ),
+    "EarlyStopping": (
+        [
+            "--trainer.callbacks+=EarlyStopping",
+            "--trainer.callbacks.monitor=eval/length",
+            "--trainer.callbacks.patience=1",
+        ],
+        "EarlyStopping on eval/length",
+    ),
+}
+
+
+@pytest.mark.parametrize("limit", EARLY)
+def test_what_ended_a_run_early_is_told_again_as_long_as_it_does(limit: str, quick_command: Command) -> None:
+    extra, name = EARLY[limit]
+    args = [*TINY, "--data.eval_every_frames=10", *extra]
+    first = quick_command("qsm-fit", *args)
+    assert first.returncode == 0, first.stderr
+    frame, of = re.findall(rf"^stopped early, at frame (\d+) of (\d+), by {name}$", first.stdout, re.MULTILINE)[0]
+    assert int(frame) < int(of)
+    (folder,) = re.findall(r"^next: qsm-eval (.*)$", first.stdout, re.MULTILINE)
+    if limit in ("max_steps", "max_epochs"):
+        again = quick_command("qsm-fit", "--resume", folder)
+        assert again.returncode == 0, again.stderr
+        assert f"stopped early, at frame {frame} of {of}, by {name}\ncheckpoints: " in again.stdout
+        assert "checkpoints: none" not in again.stdout
+
+
 def test_a_run_without_a_folder_of_its_own_does_not_touch_anothers(quick_command: Command, tmp_path: Path) -> None:
     """Without loggers checkpoints lie in the root itself."""
     settings = [*TINY, "--trainer.logger=false"]

@@ -57,14 +57,14 @@ def test_monitors_of_what_evaluations_or_the_users_callbacks_log() -> None:
     """The command line's refusals are in test_bad_input.py."""
     module, data = OffPolicyModule(3, 1, SMALL), OffPolicyDataModule("Pendulum-v1")
     for monitor in ("eval/return", "eval_best_of_n/length", "step"):
-        module.check_monitors(Trainer(logger=False, callbacks=[EarlyStopping(monitor)]), data)
+        module.check_callbacks(Trainer(logger=False, callbacks=[EarlyStopping(monitor)]), data)
     with pytest.raises(SettingError, match="ModelCheckpoint's monitor is 'own/metric', which is not logged"):
-        module.check_monitors(Trainer(logger=False, callbacks=[ModelCheckpoint(monitor="own/metric")]), data)
+        module.check_callbacks(Trainer(logger=False, callbacks=[ModelCheckpoint(monitor="own/metric")]), data)
 
     class Own(Callback):
         """May log it."""
 
-    module.check_monitors(Trainer(logger=False, callbacks=[EarlyStopping("own/metric"), Own()]), data)
+    module.check_callbacks(Trainer(logger=False, callbacks=[EarlyStopping("own/metric"), Own()]), data)
 
 
 def clipped(gradients: list[torch.Tensor], value: float, algorithm: str | None) -> list[torch.Tensor]:

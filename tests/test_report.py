@@ -396,8 +396,12 @@ def test_runs_without_a_common_frame_are_refused(make: Make, tmp_path: Path) -> 
 
 def test_a_run_that_was_not_evaluated_yet_is_passed_over(make: Make, tmp_path: Path) -> None:
     make("one", {})
-    with pytest.raises(SettingError, match="none of the runs has been evaluated"):
-        report.run([str(tmp_path), "--out", str(tmp_path / "out")])
+    stopped = make("stopped at once", {})
+    (stopped / "metrics.csv").unlink()
+    (stopped / "checkpoints").mkdir()
+    for runs in (tmp_path, stopped):
+        with pytest.raises(SettingError, match="none of the runs has been evaluated"):
+            report.run([str(runs), "--out", str(tmp_path / "out")])
     run = make("two", {10: 2.0, 20: 3.0})
     with (run / "metrics.csv").open("a") as file:
         file.write("-13")  # killed in the middle of a row

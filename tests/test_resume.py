@@ -267,6 +267,18 @@ def test_a_run_can_go_back_and_take_another_way(tmp_path: Path) -> None:
     assert {float(row["step"]) for row in rows(run)} == {10, 20, 30, 40, 50}
 
 
+def test_early_stopping_counts_the_evaluation_that_a_checkpoint_is_of(tmp_path: Path) -> None:
+    """Episodes are all of one length, so that the fourth evaluation is the third without a shorter one."""
+    stopping = [f"--trainer.callbacks{end}" for end in ("+=EarlyStopping", ".monitor=eval/length", ".patience=3")]
+    args = [*TINY, *stopping, "--data.eval_every_frames=20"]
+    for part in ("whole", "parts"):
+        (tmp_path / part).mkdir()
+    fit(tmp_path / "whole", *args, "--data.total_frames=200")
+    fit(tmp_path / "parts", *args, "--data.total_frames=60")
+    fit(tmp_path / "parts", "--resume", run_folder(tmp_path / "parts"), "--data.total_frames=200")
+    assert [last(run_folder(tmp_path / part)).order[0] for part in ("whole", "parts")] == [80, 80]
+
+
 def test_a_run_without_evaluations_ends_and_goes_on(tmp_path: Path) -> None:
     fit(tmp_path, *TINY, "--trainer.limit_val_batches=0")
     run = run_folder(tmp_path)

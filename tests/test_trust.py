@@ -539,6 +539,7 @@ def test_an_environment_of_ones_own_is_taken_with_trust(shared: Shared) -> None:
     "settings",
     [
         {"callbacks": [{"class_path": "pytorch_lightning.callbacks.LearningRateMonitor"}]},
+        {"plugins": [{"class_path": "lightning_fabric.plugins.environments.SLURMEnvironment"}]},
         {"profiler": {"class_path": "pytorch_lightning.profilers.SimpleProfiler"}, "max_time": "00:01:00:00"},
         {"callbacks": [{"class_path": "qsm_lightning.callbacks.StopOnNonFinite"}], "logger": True},
     ],

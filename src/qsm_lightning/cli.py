@@ -15,6 +15,7 @@ import torch
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import EarlyStopping, Timer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -23,7 +24,7 @@ from qsm_lightning import callbacks as cb
 from qsm_lightning import checkpoints, durable, launching, resources, resume, runs, trust
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.commands.base import ignore_ctrl_c, run_command
-from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, one_line, require
 from qsm_lightning.loggers import run_loggers
 from qsm_lightning.losses import ALGORITHMS, QSM
@@ -33,6 +34,17 @@ from qsm_lightning.precision import check_precision
 from qsm_lightning.seeding import check_seed
 
 log = logging.getLogger(__name__)
+
+# Of Lightning's settings those that mean something else here or nothing: the values they may have, and the mend.
+CADENCE = "data.eval_every_frames sets how often the policy is evaluated, data.total_frames how long it trains"
+UNUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "check_val_every_n_epoch": ((1,), CADENCE),
+    "val_check_interval": ((None,), CADENCE),
+    "limit_train_batches": ((None, 1.0), CADENCE),
+    "overfit_batches": ((0,), CADENCE),
+    "accumulate_grad_batches": ((1,), "give data.batch_size all frames of an update"),
+    "barebones": ((False,), "it takes loggers and checkpoints away; set trainer.logger and the like to false"),
+}
 
 CHOSEN = "QSM_CHECKPOINT"  # tells processes that this one starts which checkpoint they go on from
 
@@ -174,11 +186,8 @@ class FitCLI(LightningCLI):
         """The trainer of the configuration, logging to <default_root_dir>/<name>/<version>."""
         settings = self.config_init["trainer"]
         self._check_folder(self.checkpoint.run if self.checkpoint else self._root / self._name)
-        require(
-            settings["check_val_every_n_epoch"] == 1 and settings["val_check_interval"] is None,
-            "trainer.check_val_every_n_epoch and trainer.val_check_interval are not used: data.eval_every_frames "
-            "sets how often the policy is evaluated",
-        )
+        for name, (unused, mend) in UNUSED.items():
+            require(settings[name] in unused, f"trainer.{name} is {settings[name]}, which cannot be used: {mend}")
         require(
             settings["accelerator"] not in ("gpu", "cuda") or torch.cuda.is_available(),
             f"trainer.accelerator is {settings['accelerator']!r}: there is no GPU here; use cpu or auto",
@@ -240,7 +249,7 @@ def build(args: list[str] | None) -> FitCLI:
     cli.trusted = trusted
     cli.datamodule.check_ranks(cli.trainer.world_size)
     cli.datamodule.check_loss(cli.model.loss)
-    cli.model.check_monitors(cli.trainer, cli.datamodule)
+    cli.model.check_callbacks(cli.trainer, cli.datamodule)
     cli.model.compiles(cli.trainer, cli.datamodule)
     return cli
 
@@ -377,20 +386,42 @@ def _fit(args: list[str] | None) -> None:
     finally:
         ignore_ctrl_c()
     if trainer.is_global_zero:
-        print(closing_words(trainer, writer))
+        print(closing_words(trainer, writer, checkpoint))
         held.close()
 
 
-def closing_words(trainer: Trainer, writer: cb.RunCheckpoint | None) -> str:
-    """Final and best return, where the checkpoints are, and what to type next."""
+def closing_words(trainer: Trainer, writer: cb.RunCheckpoint | None, begun_at: Checkpoint | None = None) -> str:
+    """Final and best return, what ended the run early, where the checkpoints are, and what to type next.
+
+    Args:
+        trainer: at the end of training.
+        writer: of the checkpoints, if any are written.
+        begun_at: the checkpoint that the run went on from.
+    """
     final = trainer.callback_metrics.get("eval/return")
     lines = []
     if final is not None:
         best = final.item() if writer is None or writer.best_return is None else writer.best_return
         lines = [f"final return: {final.item():.2f}", f"best return: {best:.2f}"]
-    if writer is None or writer.last is None:
+    data = datamodule_of(trainer)
+    if data.progress.frames < data.total_frames and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        lines += [f"stopped early, at frame {data.progress.frames} of {data.total_frames}, by {stopped_by(trainer)}"]
+    last = (writer.last or begun_at) if writer is not None else None
+    if writer is None or last is None:
         return "\n".join([*lines, "checkpoints: none"])
-    files = [str(c.path) for c in dict.fromkeys((writer.best, writer.last)) if c is not None]
-    run = writer.last.run
-    lines += [f"checkpoints: {', '.join(files)}", f"next: qsm-eval {run}"]
-    return "\n".join([*lines, f"      tensorboard --logdir {run}"] if trainer.loggers else lines)
+    files = [str(c.path) for c in dict.fromkeys((writer.best, last)) if c is not None]
+    lines += [f"checkpoints: {', '.join(files)}", f"next: qsm-eval {last.run}"]
+    return "\n".join([*lines, f"      tensorboard --logdir {last.run}"] if trainer.loggers else lines)
+
+
+def stopped_by(trainer: Trainer) -> str:
+    """What ended training before its last frame."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"EarlyStopping on {callback.monitor}"
+    limits = {
+        "trainer.max_steps": 0 < trainer.max_steps <= trainer.global_step,
+        "trainer.max_epochs": 0 < (trainer.max_epochs or 0) <= trainer.current_epoch,
+    }
+    timers = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return next((name for name, met in limits.items() if met), "trainer.max_time" if timers else "a callback")

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from pytorch_lightning.plugins import MixedPrecision
 from tensordict import TensorDictBase
 from torch import Tensor, nn
@@ -32,6 +33,11 @@ from qsm_lightning.seeding import global_seed
 
 log = logging.getLogger(__name__)
 
+# Lightning's callbacks that cannot be used here, and what is there instead.
+AUTOMATIC = {
+    StochasticWeightAveraging: "use model.ema",
+    GradientAccumulationScheduler: "give data.batch_size all frames of an update",
+}
 EVALUATED = ("return", "return_std", "length")  # what is logged of an evaluation's episodes
 MAX_SKIPPED_IN_A_ROW = 20  # from GradScaler's first scale, 65536, down to 0.06
 
@@ -251,12 +257,17 @@ class OffPolicyModule(LightningModule):
             values = (returns.mean(), returns.std(correction=0), episodes["length"].mean())
             self.log_dict({f"{prefix}/{name}": v for name, v in zip(EVALUATED, values, strict=True)}, batch_size=1)
 
-    def check_monitors(self, trainer: Trainer, data: OffPolicyDataModule) -> None:
-        """Raise :class:`SettingError` where a callback's ``monitor`` is a metric that nothing logs.
+    def check_callbacks(self, trainer: Trainer, data: OffPolicyDataModule) -> None:
+        """Raise :class:`SettingError` for one that cannot be, or whose ``monitor`` is a metric that nothing logs.
 
-        Callbacks of the user's own may log others: beside one, nothing is refused.
+        Callbacks of the user's own may log others: beside one, no monitor is refused.
         """
         callbacks = cast("list[Callback]", trainer.callbacks)  # type: ignore[attr-defined]
+        for kind, mend in AUTOMATIC.items():
+            require(
+                not any(isinstance(callback, kind) for callback in callbacks),
+                f"trainer.callbacks has {kind.__name__}, which is for automatic optimization: {mend}",
+            )
         if any(type(c).__module__.partition(".")[0] not in ("pytorch_lightning", "qsm_lightning") for c in callbacks):
             return
         logged = [f"{prefix}/{name}" for prefix in prefixes(data.selectors_of(self.loss)) for name in EVALUATED]

@@ -1,4 +1,4 @@
-"""What a checkpoint's settings may name before its owner is trusted: classes of four packages, and nothing else."""
+"""What a checkpoint's settings may name before its owner is trusted: classes of a few packages, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qsm_lightning.continuous import PREFIX
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import OffPolicyLoss
 
-PACKAGES = ("qsm_lightning", "torch", "torchrl", "pytorch_lightning")
+PACKAGES = ("qsm_lightning", "torch", "torchrl", "pytorch_lightning", "lightning_fabric")
 _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 # Strings that are names of folders, not of classes.
 _FOLDERS = ("name", "default_root_dir", "storage_dir")
@@ -31,7 +31,7 @@ def check_class(import_path: str, where: str) -> None:
     if import_path.partition(".")[0] in PACKAGES:
         found = import_class(import_path)
         defined_in = getattr(found, "__module__", "").partition(".")[0]
-        if isinstance(found, type) and issubclass(found, _kinds()) and defined_in in (*PACKAGES, "lightning_fabric"):
+        if isinstance(found, type) and issubclass(found, _kinds()) and defined_in in PACKAGES:
             return
     raise _refusal(where, f"names {import_path!r}, which is not a loss, callback or the like of {', '.join(PACKAGES)}")
 

@@ -103,8 +103,9 @@ def find(path: Path) -> list[Path]:
 
 
 def _below(path: Path) -> list[Path]:
-    """The folders of runs at or below ``path``, if any."""
-    return sorted(config.parent for config in path.rglob(runs.CONFIG) if (config.parent / runs.METRICS).is_file())
+    """The folders of runs at or below ``path``, if any: some that were stopped at once have no curves."""
+    folders = (config.parent for config in path.rglob(runs.CONFIG))
+    return sorted(f for f in folders if (f / runs.METRICS).is_file() or (f / runs.CHECKPOINTS).is_dir())
 
 
 def read(run: Path, selector: str, force: bool = False) -> Result | None:
@@ -116,7 +117,7 @@ def read(run: Path, selector: str, force: bool = False) -> Result | None:
     try:
         config = yaml.safe_load((run / runs.CONFIG).read_text())
         evaluated = config["data"]["eval_selector"]
-        _, rows = runs.metrics(run / runs.METRICS)
+        _, rows = runs.metrics(run / runs.METRICS) if (run / runs.METRICS).is_file() else ([], [])
         columns = {key for row in rows for key, value in row.items() if value and key}
         own = evaluated == selector or (evaluated == "both" and selector == "sample")
         column = "eval/return" if own else f"eval_{selector}/return"
