@@ -452,6 +452,12 @@ def test_a_run_in_place_of_a_checkpoint_is_told_the_other_option(run: Path, tmp_
     assert sentence.startswith(f"qsm-fit: --ckpt_path: {run / 'config.yaml'} is not a checkpoint that a run can go on")
 
 
+def test_a_run_without_a_checkpoint_is_told_how_to_begin_anew(run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    sentence = refused(tmp_path, "--resume", run)
+    assert sentence.endswith(f"that run left no checkpoint; begin it anew by --config {run / 'config.yaml'}")
+
+
 def test_a_run_without_its_settings_is_not_resumed_by_its_folder(run: Path, tmp_path: Path) -> None:
     (run / "config.yaml").unlink()
     sentence = refused(tmp_path, "--resume", run)

@@ -53,6 +53,10 @@ def run_of(path: str) -> tuple[Path, str]:
         (run / CONFIG).is_file(),
         f"--resume is {path!r}: there is no {run / CONFIG}; give the folder of a run, such as runs/Hopper-v5/version_0",
     )
+    require(
+        checkpoint != "last" or bool(checkpoints.complete(run / CHECKPOINTS)),
+        f"--resume is {path!r}: that run left no checkpoint; begin it anew by --config {run / CONFIG}",
+    )
     return run, checkpoint
 
 
@@ -143,7 +147,7 @@ def check_settings(checkpoint: Checkpoint, state: dict[str, Any], here: dict[str
     require(
         not differ,
         f"{checkpoint.path} was made with other settings: {', '.join(differ)}; go on with its own "
-        f"(qsm-fit --resume {checkpoint.run}), or leave --ckpt_path out to start anew",
+        f"(qsm-fit --resume {checkpoint.run}), or leave --resume or --ckpt_path out to start anew",
     )
 
 
