@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -209,10 +210,12 @@ def compare(
             "--selector sample, or insist with --force",
         )
         frames, short = measured(by_label)
+        times = Counter(frame for result in every for frame in result.frames)
+        odd = min(every, key=lambda result: max(times[frame] for frame in result.frames))
         require(
             all(frames.values()),
-            f"the runs of {env} were never evaluated at the same frame: compare runs with one data.eval_every_frames "
-            "and one data.num_envs",
+            f"the runs of {env} were never evaluated at the same frame, {odd.run} least often with others: leave it "
+            "out, or compare runs with one data.eval_every_frames and one data.num_envs",
         )
         for name in short:
             first = min(by_label[name], key=_end)
