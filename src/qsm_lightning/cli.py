@@ -416,12 +416,15 @@ def closing_words(trainer: Trainer, writer: cb.RunCheckpoint | None, begun_at: C
 
 def stopped_by(trainer: Trainer) -> str:
     """What ended training before its last frame."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    if 0 < trainer.max_steps <= trainer.global_step:
+        return "trainer.max_steps"
+    if 0 < (trainer.max_epochs or 0) <= trainer.current_epoch:
+        return "trainer.max_epochs"
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    left = [timer.time_remaining() for timer in callbacks if isinstance(timer, Timer)]
+    if any(seconds is not None and seconds <= 0 for seconds in left):
+        return "trainer.max_time"
+    for callback in callbacks:  # last: a resumed run keeps the reason that once ended it
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
             return f"EarlyStopping on {callback.monitor}"
-    limits = {
-        "trainer.max_steps": 0 < trainer.max_steps <= trainer.global_step,
-        "trainer.max_epochs": 0 < (trainer.max_epochs or 0) <= trainer.current_epoch,
-    }
-    timers = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return next((name for name, met in limits.items() if met), "trainer.max_time" if timers else "a callback")
+    return "a callback"

@@ -81,7 +81,7 @@ def make_env(name: str, num_envs: int = 1, processes: bool = False, timeout: flo
     Raises:
         SettingError: unknown name, missing extra, or actions that are not a bounded Box.
     """
-    own, time = _in_continuous_time(name)
+    own, time = in_continuous_time(name)
     source, _, task = own.partition(":")
     if source == "envpool":
         env: EnvBase = EnvpoolEnv(task, num_envs)
@@ -98,7 +98,7 @@ def make_env(name: str, num_envs: int = 1, processes: bool = False, timeout: flo
     return TransformedEnv(env, Compose(*transforms))
 
 
-def _in_continuous_time(name: str) -> tuple[str, ContinuousTime | None]:
+def in_continuous_time(name: str) -> tuple[str, ContinuousTime | None]:
     """An environment's own name, and what is asked of its time."""
     source, _, rest = name.partition(":")
     if source != PREFIX:
@@ -247,7 +247,7 @@ def _gym_env(name: str, time: ContinuousTime | None = None, **kwargs: Any) -> An
 
 def make_render_env(name: str) -> tuple[EnvBase, Callable[[], np.ndarray]]:
     """A single environment like :func:`make_env`'s, and a function that renders its present state [H, W, 3]."""
-    own, time = _in_continuous_time(name)
+    own, time = in_continuous_time(name)
     source = own.partition(":")[0]
     require(source != "envpool", f"{name} cannot be rendered: evaluate it under its gymnasium or dmc: name")
     if source == "dmc":

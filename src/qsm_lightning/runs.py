@@ -113,8 +113,8 @@ def cut_curves(run: Path, frames: int, evaluated: bool) -> None:
 
 
 def metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns of a metrics.csv, and its rows, but for one that a killed process left unfinished."""
-    content = path.read_bytes()
+    """The columns and rows of a metrics.csv, if there is one, but for a row that a killed process left unfinished."""
+    content = path.read_bytes() if path.is_file() else b""
     content = content[: content.rfind(b"\n") + 1]  # a torn last line is not whole
     content = b"".join(line for line in content.splitlines(True) if b"\0" not in line)  # blocks lost in a power cut
     reader = csv.DictReader(io.StringIO(content.decode(errors="replace"), newline=""))
@@ -123,8 +123,6 @@ def metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _cut_csv(path: Path, keeps: Any) -> None:
-    if not path.is_file():
-        return
     names, rows = metrics(path)
     if "step" not in names:
         return

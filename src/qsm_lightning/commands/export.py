@@ -8,7 +8,7 @@ from pathlib import Path
 from qsm_lightning import checkpoints, durable
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.commands.trained import Trained, add_checkpoint, add_selector, load
-from qsm_lightning.continuous import PREFIX, ContinuousTime
+from qsm_lightning.envs import in_continuous_time
 from qsm_lightning.errors import SettingError, require
 from qsm_lightning.exporting import SUFFIXES, check_installed, described_inputs, exported
 from qsm_lightning.policy import Policy
@@ -75,7 +75,7 @@ def _file(out: str | None, file_format: str) -> Path:
 def _metadata(trained: Trained, selector: str, shapes: dict[str, str]) -> dict[str, str]:
     """What is written into the file: where the policy comes from and how it is called."""
     action = f"[batch, {trained.module.hparams['action_dim']}] in [-1, 1]"
-    moves = ContinuousTime.parse(trained.env.removeprefix(f"{PREFIX}:")).output
+    _, time = in_continuous_time(trained.env)
     return {
         "environment": trained.env,
         "algorithm": type(trained.module.loss).__name__,
@@ -83,5 +83,5 @@ def _metadata(trained: Trained, selector: str, shapes: dict[str, str]) -> dict[s
         "frames": str(trained.frames),
         "qsm_lightning": checkpoints.versions().get("qsm-lightning", "unknown"),
         **shapes,
-        "action": "; ".join(filter(None, [action, moves, f"the environment's is {SCALING}"])),
+        "action": "; ".join(filter(None, [action, time.output if time else "", f"the environment's is {SCALING}"])),
     }

@@ -118,7 +118,7 @@ def read(run: Path, selector: str, force: bool = False) -> Result | None:
     try:
         config = yaml.safe_load((run / runs.CONFIG).read_text())
         evaluated = config["data"]["eval_selector"]
-        _, rows = runs.metrics(run / runs.METRICS) if (run / runs.METRICS).is_file() else ([], [])
+        _, rows = runs.metrics(run / runs.METRICS)
         columns = {key for row in rows for key, value in row.items() if value and key}
         own = evaluated == selector or (evaluated == "both" and selector == "sample")
         column = "eval/return" if own else f"eval_{selector}/return"
