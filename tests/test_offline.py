@@ -271,7 +271,10 @@ def test_that_episodes_may_be_joined_is_said(caplog: pytest.LogCaptureFixture) -
         ({"observations": np.zeros((12, 5))}, r"observations have the shape \[5\], and data.env has \[2\]"),
         ({"actions": np.zeros((12, 2))}, r"actions have the shape \[2\], and data.env has \[1\]"),
         ({"actions": np.full((12, 1), 2.0)}, r"actions up to 2, and they must be in \[-1, 1\]"),
+        ({"actions": np.full((12, 1), 1.0001)}, r"actions up to 1.0001, "),
         ({"rewards": np.full(12, np.nan)}, "next reward has NaN"),
+        ({"terminals": np.full(12, np.nan)}, "terminals has other values than 0 and 1"),
+        ({"timeouts": -np.ones(12)}, "timeouts has other values than 0 and 1"),
         ({"terminals": np.zeros(12), "timeouts": np.ones(12)}, "no transitions"),
         ({"rewards": np.array([None] * 12)}, "cannot be read"),
     ],
@@ -287,6 +290,7 @@ def test_a_dataset_that_does_not_fit_is_refused(change: dict[str, Any], pattern:
     ("settings", "pattern"),
     [
         ({"dataset": "gone.npz"}, "'gone.npz': there is no such file"),
+        ({"dataset": ""}, "data.dataset is '': name a file"),
         ({"dataset": "data.csv"}, "give an .npz, .h5 or .hdf5 file"),
         ({"dataset": "text.npz"}, "'text.npz': it cannot be read"),
         ({"dataset": "torn.npz"}, "'torn.npz': it cannot be read"),

@@ -361,22 +361,64 @@ def test_versions_of_an_environment_in_continuous_time_do_not_compare(make: Make
         report.run([str(tmp_path), "--out", str(tmp_path / "out")])
 
 
-@pytest.mark.parametrize("damage", ["list", "manifest", "yaml"])
+@pytest.mark.parametrize("damage", ["list", "yaml", "brackets", "nan", "inf"])
 def test_a_damaged_run_is_named(damage: str, make: Make, tmp_path: Path) -> None:
     run = make("one", {10: 1.0})
     if damage == "list":
         (run / "versions.json").write_text("[1, 2]")
     elif damage == "yaml":
         (run / "config.yaml").write_text("data: {")
+    elif damage == "brackets":
+        (run / "config.yaml").write_text("[" * 3000)
     else:
-        (run / "versions.json").unlink()
-        (run / "checkpoints/000000010").mkdir(parents=True)
-        (run / "checkpoints/000000010/manifest.json").write_text("{")
-    with pytest.raises(
-        SettingError, match=f"{run} is not a run of qsm-fit that can be read .*: leave it out"
-    ) as caught:
+        (run / "metrics.csv").write_text(f"eval/return,step\n{damage},10\n")
+    reason = "(is not a run of qsm-fit that can be read .*|has returns that are NaN or infinite)"
+    with pytest.raises(SettingError, match=f"{run} {reason}: leave it out") as caught:
         report.run([str(tmp_path), "--out", str(tmp_path / "out")])
     assert "object at 0x" not in str(caught.value)
+
+
+def test_versions_come_from_the_newest_checkpoint_that_tells_them(make: Make, tmp_path: Path) -> None:
+    run = make("one", {10: 1.0})
+    (run / "versions.json").unlink()
+    whole = {"format": 1, "frames": 5, "files": {}, "replay": {}, "versions": {"mujoco": "3"}}
+    for name, manifest in (("000000010", "{"), ("000000005", json.dumps(whole))):
+        (run / "checkpoints" / name).mkdir(parents=True)
+        (run / "checkpoints" / name / "manifest.json").write_text(manifest)
+    result = results.read(run, "sample")
+    assert result is not None
+    assert result.versions == {"mujoco": "3"}
+    (run / "checkpoints/000000005/manifest.json").write_text('{"format": 99}')
+    report.run([str(run), "--out", str(tmp_path / "out")])
+    assert "do not say with which versions" in (tmp_path / "out/index.html").read_text()
+
+
+def test_runs_of_older_versions_stand_beside_todays(make: Make, tmp_path: Path) -> None:
+    """Settings that they do not have are at what they were then; and 1 is 1.0."""
+    make("all/old", {10: 1.0}, trainer__gradient_clip_val=1)
+    old = yaml.safe_load((tmp_path / "all/old/config.yaml").read_text())
+    for section, names in ((old["data"], ("collector", "offline_share", "dataset")), (old["model"], ("ema",))):
+        for name in names:
+            del section[name]
+    (tmp_path / "all/old/config.yaml").write_text(yaml.safe_dump(old))
+    make("all/new", {10: 2.0}, seed_everything=1, trainer__gradient_clip_val=1.0)
+    report.run([f"{tmp_path}/all", "--out", str(tmp_path / "out")])
+    rows = list(csv.DictReader((tmp_path / "out/table.csv").open()))
+    assert [(row["algorithm"], row["runs"]) for row in rows] == [("qsm", "2")]
+
+
+def test_values_with_dollars_are_drawn(make: Make, tmp_path: Path) -> None:
+    for i in range(2):
+        make(f"{i}", {10: 1.0}, data__dataset=f"$x^$_{i}.npz")
+    report.run([f"{tmp_path}", "--out", str(tmp_path / "out")])
+    assert "dataset=$x^$_1.npz" in (tmp_path / "out/table.md").read_text()
+
+
+def test_runs_that_are_named_twice_count_once(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make("all/one", {10: 1.0})
+    report.run([f"{tmp_path}/all", str(run), "--out", str(tmp_path / "out")])
+    assert "is left out" not in capsys.readouterr().out
+    assert len((tmp_path / "out/evaluations.csv").read_text().splitlines()) == 2
 
 
 def test_it_can_be_insisted_on(make: Make, tmp_path: Path) -> None:

@@ -43,6 +43,13 @@ def test_memory(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     resources.report(data(storage="memmap"), tmp_path, saved=False)
 
 
+def test_a_ring_that_the_machine_could_not_hold_is_refused(tmp_path: Path) -> None:
+    """Its tensors are allocated whole, however few frames will be written to them."""
+    with pytest.raises(SettingError, match=r"data.buffer_size is 10{12}: .*lower it to data.total_frames \(1000\)"):
+        resources.report(data(buffer_size=10**12), tmp_path, saved=False)
+    resources.report(data(buffer_size=10**12, storage="memmap", save_buffer=False), tmp_path, saved=False)
+
+
 @pytest.mark.parametrize("free", [1000 * MEMORY - 1, 1000 * MEMORY])
 def test_memory_of_a_gpu(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "available_memory", lambda: 0)

@@ -148,7 +148,7 @@ def test_a_torn_last_row_is_cut_wherever_it_ends(tmp_path: Path) -> None:
 HOLES = ["\0" * 512, "\0" * 200_000 + "\n", ",0.125,30,30\n" + "\0" * 100, "-2,1,4\0\0,30\n"]
 
 
-@pytest.mark.parametrize("tail", [*HOLES, ",0.125,x,30\n", "\n\n", '"'])
+@pytest.mark.parametrize("tail", [*HOLES, ",0.125,x,30\n", ",1,inf,30\n", "\n\n", '"', '"' + "\n1,2,3,4" * 30_000])
 def test_a_spoilt_tail_is_cut(tail: str, tmp_path: Path) -> None:
     assert written(tmp_path, "\n".join([HEADER, *ROWS[:3], ""]) + tail) == [HEADER, *ROWS[:3]]
 

@@ -76,6 +76,12 @@ def test_the_plan_has_each_seed_of_all_before_the_next(tmp_path: Path) -> None:
         (["--jobs=0"], "--jobs is 0"),
         (["--vary=model.loss"], "--vary is 'model.loss': write KEY=A,B"),
         (["--vary=model.ema=,0.9"], "--vary is 'model.ema=,0.9': write KEY=A,B.* and null for no value"),
+        (["--vary=model.actor_lr=[1e-4,3e-4"], "write KEY=A,B.* one pair of brackets"),
+        (["--vary=model.loss.hidden=[[8],[9]]"], "write KEY=A,B.* one pair of brackets"),
+        (["--vary=model.loss.T=5,6", "--vary=model.loss.T=7"], "'T=5,T=7' and 'T=6,T=7' are the same settings"),
+        (["--vary=model.loss.T=5,6", "--variant=x=--model.loss.T 7"], "'x,T=5' and 'x,T=6' are the same settings"),
+        (["--vary=model.actor_lr=3e-4,0.0003"], "are the same settings"),
+        (["--data.buffer_size=1000000000000"], "data.buffer_size is 10+: that needs a tensor"),
         (["--vary=model.loss=sac,sac"], "two variants have the name 'loss=sac'"),
         (["--variant==x"], "--variant is '=x'"),
         (["--vary=model.loss=sac,sax"], "no such loss"),
@@ -265,6 +271,22 @@ def test_a_run_that_cannot_begin_is_one_that_failed(tmp_path: Path, monkeypatch:
     with pytest.raises(TrainingFault, match="1 of 1 runs failed"):
         sweep.Sweep([job], 1).run()
     assert job.state.startswith("failed ([Errno 21] Is a directory")
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "why"),
+    [
+        (-9, "qsm-fit: all/seed=0/version_0\nframes 10/60", "ended by signal 9, Killed"),
+        (1, "qsm-fit: all/seed=0/version_0\nTraceback\nTypeError: no", "TypeError: no"),
+        (1, "", "status 1"),
+        (2, "qsm-fit: data.utd is -1: give another\n", "data.utd is -1: give another"),
+        (3, "qsm-fit: all\nqsm-fit: diverged; the last checkpoint is x\nresume with: y", "diverged; the last .* x"),
+    ],
+)
+def test_why_a_run_failed(status: int, said: str, why: str, tmp_path: Path) -> None:
+    job = sweep.Job("seed=0", tmp_path, [], 60)
+    job.log.write_text("before\n" + said)
+    assert re.fullmatch(rf"failed \({why}\)", sweep._why(job, len("before\n"), status, None))
 
 
 def test_a_run_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:

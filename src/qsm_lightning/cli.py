@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,17 @@ class FitCLI(LightningCLI):
     def identity(self) -> dict[str, Any]:
         """The settings that make the run what it is, dotted."""
         return dict(resume.identity(self.datamodule.hparams, self.model.hparams, self.model.run_identity(self.trainer)))
+
+    @property
+    def writer(self) -> cb.RunCheckpoint | None:
+        """What writes the run's checkpoints, if they are written."""
+        return next((c for c in self.trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), None)
+
+    def buffer_report(self, run: Path) -> str:
+        """:func:`resources.report` of the run in this folder."""
+        trainer = self.trainer
+        there = (trainer.num_nodes, trainer.world_size, trainer.strategy.root_device)
+        return resources.report(self.datamodule, run, self.writer is not None, *there)
 
     @property
     def _root(self) -> Path:
@@ -350,10 +362,8 @@ def _fit(args: list[str] | None) -> None:
         if trainer.is_global_zero and (other := resume.other_versions(checkpoint)):
             log.warning("%s was made with %s: what follows may differ in the last bits", checkpoint.path, other)
         del state
-    writer = next((c for c in trainer.checkpoint_callbacks if isinstance(c, cb.RunCheckpoint)), None)
     if trainer.local_rank == 0:
-        there = (trainer.num_nodes, trainer.world_size, trainer.strategy.root_device)
-        size = resources.report(cli.datamodule, run, writer is not None, *there)
+        size = cli.buffer_report(run)
     if trainer.is_global_zero:
         held = cli.held or runs.lock(run)
         require(
@@ -369,6 +379,7 @@ def _fit(args: list[str] | None) -> None:
         print(f"qsm-fit: {run}{at}\n{size}", flush=True)
         if cli.model.compiles(cli.trainer, cli.datamodule):
             print("compiling the update: a minute or so the first time, seconds when torch has kept it", flush=True)
+    writer = cli.writer
     try:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint.state if checkpoint else None, weights_only=True)
     except (Interrupted, EnvironmentFault) as stop:
@@ -410,8 +421,9 @@ def closing_words(trainer: Trainer, writer: cb.RunCheckpoint | None, begun_at: C
     if writer is None or last is None:
         return "\n".join([*lines, "checkpoints: none"])
     files = [str(c.path) for c in dict.fromkeys((writer.best, last)) if c is not None]
-    lines += [f"checkpoints: {', '.join(files)}", f"next: qsm-eval {last.run}"]
-    return "\n".join([*lines, f"      tensorboard --logdir {last.run}"] if trainer.loggers else lines)
+    run = shlex.quote(str(last.run))
+    lines += [f"checkpoints: {', '.join(files)}", f"next: qsm-eval {run}"]
+    return "\n".join([*lines, f"      tensorboard --logdir {run}"] if trainer.loggers else lines)
 
 
 def stopped_by(trainer: Trainer) -> str:

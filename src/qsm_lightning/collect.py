@@ -226,7 +226,7 @@ class RecentExperience:
 
     def metrics(self) -> dict[str, float]:
         """Means; return and length only when an episode ended, staleness only where workers collect."""
-        out = {"actions_at_bounds": self.at_bounds / max(1, self.frames)}
+        out = {"actions_at_bounds": self.at_bounds / self.frames} if self.frames else {}
         if self.returns:
             out |= {
                 "return": sum(self.returns) / len(self.returns),

@@ -246,7 +246,7 @@ class OffPolicyDataModule(LightningDataModule):
         self.action_dim = self.env.action_spec.shape[-1]
         self.timed = TIME_STEP in self.env.observation_spec
         sizes = self.observation_dim, self.action_dim
-        self._dataset = datasets.load(dataset, *sizes, self.timed, env) if dataset else None
+        self._dataset = datasets.load(dataset, *sizes, self.timed, env) if dataset is not None else None
         self._fingerprint = None if self._dataset is None else datasets.fingerprint(self._dataset)
         self.progress = Progress()
         self.recent = RecentExperience()
@@ -269,6 +269,7 @@ class OffPolicyDataModule(LightningDataModule):
             0 <= frames <= total_frames,
             f"data.offline_frames is {frames}: it must be between 0 and data.total_frames ({total_frames})",
         )
+        require(dataset != "", "data.dataset is '': name a file, a run's folder or minari:NAME, or null for none")
         require(
             frames == 0 or dataset is not None,
             f"data.offline_frames is {frames}: there is nothing to learn from; give data.dataset as well",

@@ -60,6 +60,10 @@ def load(source: str, observation_dim: int, action_dim: int, timed: bool = False
         f"data.dataset is {source!r}: its transitions do not tell their time steps, and data.env is in continuous "
         "time; add an array time_steps [N], in seconds",
     )
+    require(
+        not timed or bool((frames[TIME_STEP_KEY] > 0).all()),
+        f"data.dataset is {source!r}: it has time steps of 0 or less; give how many seconds each transition took",
+    )
     return frames if timed else frames.select(*FRAME_KEYS)
 
 
@@ -93,7 +97,7 @@ def _check(frames: TensorDictBase, source: str, observation_dim: int, action_dim
     largest = frames["action"].abs().max().item()
     require(
         largest <= 1 + 1e-5,
-        f"data.dataset is {source!r}: it has actions up to {largest:.4g}, and they must be in [-1, 1]; divide them by "
+        f"data.dataset is {source!r}: it has actions up to {largest:.7g}, and they must be in [-1, 1]; divide them by "
         "the bounds of the environment's actions",
     )
     frames["action"].clamp_(-1, 1)
@@ -129,6 +133,12 @@ def from_d4rl(arrays: Arrays, source: str = "dataset") -> TensorDict:
         len(set(lengths.values())) == 1,
         f"data.dataset is {source!r}: its arrays differ in length ({lengths}); each must have an entry per transition",
     )
+    for name in ("terminals", "timeouts"):
+        require(
+            bool(np.isin(arrays.get(name, 0), (0, 1)).all()),
+            f"data.dataset is {source!r}: {name} has other values than 0 and 1; say of each transition whether it "
+            "ended so",
+        )
     terminated = arrays["terminals"].astype(bool).reshape(count, 1)
     ended = terminated | arrays.get("timeouts", np.zeros(count)).astype(bool).reshape(count, 1)
     observation = arrays["observations"]
@@ -183,7 +193,7 @@ def _file(path: Path) -> Arrays:
         path.suffix in (".npz", ".h5", ".hdf5"),
         f"data.dataset is {str(path)!r}: give an .npz, .h5 or .hdf5 file, a run's folder, or minari:NAME",
     )
-    require(path.is_file(), f"data.dataset is {str(path)!r}: there is no such file")
+    require(path.is_file(), f"data.dataset is {str(path)!r}: there is no such file; name one that there is")
     names = (*NEEDED, *OPTIONAL)
     h5py = None if path.suffix == ".npz" else _package("h5py")
     try:
@@ -239,7 +249,7 @@ def _episodes(dataset: Any, name: str) -> Iterator[Any]:
 
 
 def _flat(observations: Any) -> np.ndarray:
-    """Observations [T, O], of a dictionary in the order of its sorted keys, as gymnasium flattens them."""
+    """Observations [T, O], of a dictionary in the order of its sorted keys, as gymnasium flattens a plain one."""
     if isinstance(observations, Mapping):
         return np.concatenate([_flat(observations[key]) for key in sorted(observations)], -1)
     found = np.asarray(None if isinstance(observations, tuple) else observations)
@@ -260,7 +270,9 @@ def _replay(folder: Path) -> tuple[TensorDict, str]:
     saved = [Checkpoint(folder)] if (folder / checkpoints.MANIFEST).is_file() else []
     saved = saved or checkpoints.complete(folder / runs.CHECKPOINTS)
     require(
-        bool(saved), f"data.dataset is {str(folder)!r}: it is neither a run with a checkpoint nor a checkpoint's folder"
+        bool(saved),
+        f"data.dataset is {str(folder)!r}: it is neither a run with a checkpoint nor a checkpoint's folder; "
+        "choose another",
     )
     try:
         saved[-1].verify()
@@ -277,7 +289,10 @@ def _replay(folder: Path) -> tuple[TensorDict, str]:
         oldest = max(0, rank["written"] - rank.get("capacity", share))
         for chunk in (Chunk(*fields) for fields in rank["replay"] or []):
             pieces.append(ReplayArchive(saved[-1].replay, number).read(chunk)[max(0, oldest - chunk.first) :])
-    require(bool(pieces), f"data.dataset is {str(folder)!r}: its replay buffer was not saved (data.save_buffer)")
+    require(
+        bool(pieces),
+        f"data.dataset is {str(folder)!r}: its replay buffer was not saved (data.save_buffer); choose another",
+    )
     return TensorDict.cat(pieces), settings["env"]
 
 

@@ -63,6 +63,14 @@ def report(
             f"{setting} {readable(size)} of {'the memory of ' if on_gpu else ''}{where}, and {readable(free)} is free; "
             f"lower it, or set data.storage to {'memory' if on_gpu else 'memmap'}",
         )
+        row = 4 * max(data.observation_dim, data.action_dim)  # bytes a frame of the largest tensor, asked for at once
+        whole, there = math.ceil(data.buffer_size / processes) * row, psutil.virtual_memory().total
+        require(
+            on_gpu or whole <= there,
+            f"data.buffer_size is {data.buffer_size}: that needs a tensor of {readable(whole)}, and the memory of this "
+            f"machine is {readable(there)}, however few frames the run has; lower it to data.total_frames "
+            f"({data.total_frames}), or set data.storage to memmap",
+        )
     needs: dict[int, int] = defaultdict(int)  # by disk, which folders may share
     disks: dict[int, Path] = {}
     if mapped:

@@ -26,6 +26,10 @@ FREE = {
 
 # What settings are in checkpoints from before there were these settings.
 BEFORE = {
+    "data.collector": "local",
+    "data.collector_max_staleness": None,
+    "data.collector_workers": 2,
+    "data.dataset": None,
     "data.offline_frames": 0,
     "data.offline_share": 0.5,
     "model.ema": None,

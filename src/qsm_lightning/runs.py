@@ -6,6 +6,7 @@ import csv
 import fcntl
 import hashlib
 import io
+import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -117,6 +118,7 @@ def metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     content = path.read_bytes() if path.is_file() else b""
     content = content[: content.rfind(b"\n") + 1]  # a torn last line is not whole
     content = b"".join(line for line in content.splitlines(True) if b"\0" not in line)  # blocks lost in a power cut
+    csv.field_size_limit(max(len(content), csv.field_size_limit()))  # a stray quote may make all that follows one
     reader = csv.DictReader(io.StringIO(content.decode(errors="replace"), newline=""))
     rows = [row for row in reader if None not in row.values() and None not in row and _is_number(row.get("step"))]
     return list(reader.fieldnames or []), rows
@@ -135,7 +137,7 @@ def _cut_csv(path: Path, keeps: Any) -> None:
 
 def _is_number(text: str | None) -> bool:
     try:
-        return float(text or "") >= 0
+        return 0 <= float(text or "") < math.inf
     except ValueError:
         return False
 

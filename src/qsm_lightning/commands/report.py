@@ -56,11 +56,12 @@ def run(args: list[str] | None = None) -> None:
         durable.check_writable(options.archive / results.VERSIONS, "--archive")
     named: list[tuple[str, Result]] = []
     unnamed: list[tuple[str, Result]] = []
+    seen: set[Path] = set()
     for text in options.runs:
         label, equals, path = text.partition("=") if not Path(text).exists() else ("", "", text)
         require(
-            not set(label) & set("$|\\\n") and not label.startswith("_"),
-            f"RUNS has {text!r}: a label begins with no _ and has no $, | or backslash; choose another",
+            not set(label) & set("|\n") and not label.startswith("_"),
+            f"RUNS has {text!r}: a label begins with no _ and has no |; choose another",
         )
         require(bool(path if equals else text), f"RUNS has {text!r}: name a folder, such as . for this one")
         require(
@@ -68,6 +69,9 @@ def run(args: list[str] | None = None) -> None:
             f"RUNS has {text!r}: give a LABEL before the =, of more than points",
         )
         for folder in results.find(Path(path if equals else text)):
+            if (where := folder.resolve()) in seen and not equals:
+                continue  # of overlapping RUNS
+            seen |= set() if equals else {where}
             result = results.read(folder, options.selector, options.force)
             if result is not None:
                 (named if equals else unnamed).append((label, result))
@@ -81,7 +85,7 @@ def run(args: list[str] | None = None) -> None:
     if options.archive is not None:
         with durable.writing(options.archive, "--archive"):
             results.archive(comparison, options.archive, {label for label, _ in named})
-    print((options.out / "table.md").read_text())
+    print(page.markdown(summary))
     for note in notes:
         print(f"note: {note}")
     print(f"report: {written[0]}")

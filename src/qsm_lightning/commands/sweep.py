@@ -36,6 +36,7 @@ OWN = (
     *("--trainer.default_root_dir", "--trainer.logger", "--trainer.enable_checkpointing"),
 )
 POLL = 0.5  # seconds
+TRACEBACK = 1  # the status of a process that ends in one
 LINE = re.compile(r"^frames (\d+)/(\d+)(?: return (\S+))?.* frames/s (\d+)", re.MULTILINE)
 
 EPILOG = """
@@ -194,9 +195,11 @@ def variants_of(vary: list[str], variants: list[str]) -> dict[str, list[str]]:
         key, equals, values = text.partition("=")
         key = key.removeprefix("--")
         listed = re.findall(r"(?:\[[^]]*\]|[^,\[])+", values)  # a list in brackets is one value
+        whole = ",".join(listed) == values and all(value.count("[") == value.count("]") < 2 for value in listed)
         require(
-            bool(equals and key and listed) and not re.search("^,|,,|,$", values),
-            f"--vary is {text!r}: write KEY=A,B, such as model.loss=qsm,sac, and null for no value",
+            bool(equals and key and listed) and whole,
+            f"--vary is {text!r}: write KEY=A,B, such as model.loss=qsm,sac, a list in one pair of brackets, and null "
+            "for no value",
         )
         short = key.rpartition(".")[2]
         choices.append([(f"{short}={value}", [f"--{key}={value}"]) for value in listed])
@@ -240,12 +243,19 @@ def plan(args: list[str] | None = None) -> tuple[list[Job], int]:
     out = options.out or _default_out(shared)
     durable.check_writable(out / "log.txt", "--out")
     jobs: dict[int, list[Job]] = {seed: [] for seed in seeds}
+    named: dict[str, str] = {}  # by resolved settings
     for name, varied in variants_of(options.vary, options.variant).items():
         for option in (word.partition("=")[0] for word in (*shared, *varied)):
             require(option not in OWN, f"{option} is the same in all runs of qsm-sweep, or set by it: leave it out")
         given = [*_config_first([*shared, *varied]), f"--trainer.default_root_dir={out}"]
         built = cli.build(given)
         built.datamodule.env.close()
+        settings = built.parser.dump(built.config, skip_none=False)
+        require(
+            (same := named.setdefault(settings, name)) == name,
+            f"{same!r} and {name!r} are the same settings, of which the last counts where one is given twice: leave "
+            "one out of --vary and --variant",
+        )
         trainer = built.config["trainer"]
         for own in ("logger", "enable_checkpointing"):  # what a configuration may have as well
             require(trainer[own] in (None, True), f"trainer.{own} is set by qsm-sweep: leave it out of --config")
@@ -256,6 +266,9 @@ def plan(args: list[str] | None = None) -> tuple[list[Job], int]:
             one_gpu = trainer["devices"] == "auto"
             job = Job(label, out / label, each, built.datamodule.total_frames, one_gpu)
             job.go_on(built.identity() | {"seed_everything": seed}, built.datamodule)
+            if job.state != "complete":
+                newest = job.checkpoint()
+                built.buffer_report(newest.run if newest else job.folder)
             jobs[seed].append(job)
     return [job for of_a_seed in jobs.values() for job in of_a_seed], options.jobs
 
@@ -367,8 +380,10 @@ def _why(job: Job, start: int, status: int, signum: int | None) -> str:
     """The state of a run that has ended early."""
     if signum is not None:
         return "interrupted"
+    if status < 0:
+        return f"failed (ended by signal {-status}, {signal.strsignal(-status)})"
     said = job.log.read_bytes()[start:].decode(errors="replace").strip().splitlines()
-    sentences = [line for line in said if line.startswith("qsm-fit: ")]
+    sentences = [line for line in said if status != TRACEBACK and line.startswith("qsm-fit: ")]
     return f"failed ({(sentences or said or [f'status {status}'])[-1].removeprefix('qsm-fit: ')})"
 
 
@@ -431,4 +446,4 @@ def run(args: list[str] | None = None) -> None:
         out = out.parent
     print(f"qsm-sweep: {len(jobs)} runs in {out}, {at_once} at a time", flush=True)
     Sweep(jobs, at_once).run()
-    print(f"next: qsm-report {out} --out report")
+    print(f"next: {shlex.join(['qsm-report', str(out), '--out', 'report'])}")

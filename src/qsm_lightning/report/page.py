@@ -9,6 +9,8 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
+from matplotlib import rc_context
+
 from qsm_lightning import durable
 from qsm_lightning.figures import png
 from qsm_lightning.report import pictures
@@ -155,14 +157,15 @@ def page(comparison: Comparison, summary: Summary, images: dict[str, bytes], sel
 
 def write(out: Path, comparison: Comparison, summary: Summary, selector: str, notes: list[str]) -> list[Path]:
     """Write page, tables and pictures into the folder ``out``; returns their paths, the page first."""
-    figures = {"curves": pictures.learning_curves(summary)}
+    drawn = {"curves": pictures.learning_curves}
     if summary.labels:
-        figures |= {"aggregate": pictures.aggregate(summary), "profiles": pictures.profiles(summary)}
+        drawn |= {"aggregate": pictures.aggregate, "profiles": pictures.profiles}
     if len(summary.labels) > 1:
-        figures["improvement"] = pictures.improvements(summary)
-    for name in {"aggregate", "profiles", "improvement"} - figures.keys():  # an earlier report's
+        drawn["improvement"] = pictures.improvements
+    for name in {"aggregate", "profiles", "improvement"} - drawn.keys():  # an earlier report's
         (out / f"{name}.png").unlink(missing_ok=True)
-    images = {name: png(figure, DPI) for name, figure in figures.items()}
+    with rc_context({"text.parse_math": False}):  # a setting's value may have a $
+        images = {name: png(draw(summary), DPI) for name, draw in drawn.items()}
     content = {
         "index.html": page(comparison, summary, images, selector, notes).encode(),
         "table.md": markdown(summary).encode(),

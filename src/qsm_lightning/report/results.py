@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -22,6 +24,7 @@ from qsm_lightning.errors import SettingError, one_line, require
 from qsm_lightning.losses import ALGORITHMS
 from qsm_lightning.precision import precision_name
 from qsm_lightning.report.statistics import Array
+from qsm_lightning.resume import BEFORE
 
 VERSIONS = "versions.json"
 PRECISION = "trainer.precision"
@@ -75,13 +78,18 @@ class Result:
     @cached_property
     def compared(self) -> dict[str, str]:
         """The settings that make it another algorithm."""
-        settings = self.settings | {PRECISION: precision_name(self.settings.get(PRECISION))}
-        return {key: repr(value) for key, value in settings.items() if not NOT_COMPARED.fullmatch(key)}
+        settings = BEFORE | self.settings | {PRECISION: precision_name(self.settings.get(PRECISION))}
+        return {key: _told(value) for key, value in settings.items() if not NOT_COMPARED.fullmatch(key)}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The configuration, flat: model.loss.m_q and so on."""
         return dict(_flat(self.config))
+
+
+def _told(value: Any) -> str:
+    """A value in words, the same for 1 and 1.0."""
+    return repr(float(value) if isinstance(value, int) and not isinstance(value, bool) else value)
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -129,9 +137,10 @@ def read(run: Path, selector: str, force: bool = False) -> Result | None:
             )
             column = "eval/return"
         points = {int(float(row["step"])): float(row[column]) for row in rows if row.get(column)}
+        require(all(map(math.isfinite, points.values())), f"{run} has returns that are NaN or infinite: leave it out")
         result = Result(run, config, _versions(run), *(np.array(list(v), float) for v in (points, points.values())))
         result.env, result.seed, result.algorithm, result.total_frames  # noqa: B018
-    except (OSError, yaml.YAMLError, checkpoints.DamagedError, KeyError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, SettingError):
             raise
         reason = f"{type(error).__name__}: {one_line(error)}"
@@ -143,8 +152,10 @@ def _versions(run: Path) -> dict[str, str]:
     """Of the packages that a run was made with: kept beside it, or from its newest checkpoint."""
     if (run / VERSIONS).is_file():
         return {str(name): str(version) for name, version in dict(json.loads((run / VERSIONS).read_text())).items()}
-    saved = checkpoints.complete(run / runs.CHECKPOINTS)
-    return saved[-1].manifest()["versions"] if saved else {}
+    for saved in reversed(checkpoints.complete(run / runs.CHECKPOINTS)):
+        with suppress(checkpoints.DamagedError, SettingError):
+            return saved.manifest()["versions"]
+    return {}
 
 
 def label(results: list[Result]) -> list[str]:
