@@ -7,6 +7,7 @@ import io
 import json
 import re
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from qsm_lightning import launching
+from qsm_lightning import launching, runs
 from qsm_lightning.commands import sweep
 from qsm_lightning.commands.sweep import plan, seeds_of, variants_of
 from qsm_lightning.errors import SettingError, TrainingFault
@@ -271,6 +272,20 @@ def test_a_run_that_cannot_begin_is_one_that_failed(tmp_path: Path, monkeypatch:
     with pytest.raises(TrainingFault, match="1 of 1 runs failed"):
         sweep.Sweep([job], 1).run()
     assert job.state.startswith("failed ([Errno 21] Is a directory")
+
+
+def test_a_run_that_another_sweep_trains_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    (job,), _ = plan([*TINY, f"--out={tmp_path}"])
+    job.folder.mkdir()
+    with job.log.open("a") as log, subprocess.Popen(["sleep", "60"], stdout=log) as theirs:
+        assert runs.hold(log)
+        log.close()  # the process holds it still
+        with pytest.raises(TrainingFault, match="1 of 1 runs failed"):
+            sweep.Sweep([job], 1).run()
+        theirs.kill()
+    assert job.state == "failed (another qsm-sweep trains it: wait for its end)"
+    assert not list(job.folder.glob("version_*"))
 
 
 @pytest.mark.parametrize(

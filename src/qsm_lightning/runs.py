@@ -10,7 +10,7 @@ import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pytorch_lightning import Trainer
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
@@ -81,16 +81,23 @@ def lock(run: Path) -> Any:
     with durable.writing(folder, "the run's folder"):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not hold(file):
         file.close()
         raise SettingError(
             f"{run} is in use: another qsm-fit trains there; wait for its end, or start again for a new folder"
-        ) from error
+        )
+    return file
+
+
+def hold(file: TextIO) -> bool:
+    """Hold a file while it is open, here or in a child process; False where another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError:
         pass  # a file system without locks
-    return file
+    return True
 
 
 def cut_curves(run: Path, frames: int, evaluated: bool) -> None:

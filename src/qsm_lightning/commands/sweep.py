@@ -361,6 +361,9 @@ class Sweep:
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
             with job.log.open("a") as log:
+                if not runs.hold(log):  # which its qsm-fit holds as well, beyond the end of a sweep
+                    job.state = "failed (another qsm-sweep trains it: wait for its end)"
+                    return
                 start = log.tell()
                 job.process = subprocess.Popen(
                     command(job), env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
