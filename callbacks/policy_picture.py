@@ -17,10 +17,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from qsm_lightning.datamodule import datamodule_of
-from qsm_lightning.errors import require
+from qsm_lightning.errors import require, require_at_most
 from qsm_lightning.losses import OffPolicyLoss
+from qsm_lightning.policy import check_samples
 
 GRID = 41  # points per axis of the landscape
+MOST_STATES = 20  # a row each, drawn while training waits
 
 
 class PolicyPicture(Callback):
@@ -43,7 +45,8 @@ class PolicyPicture(Callback):
             f"picture.every_evaluations is {every_evaluations}: it must not be negative",
         )
         require(states > 0, f"picture.states is {states}: it must be greater than 0")
-        require(samples > 0, f"picture.samples is {samples}: it must be greater than 0")
+        require_at_most(MOST_STATES, picture__states=states)
+        check_samples(samples, "picture.samples")
         self.every_evaluations = every_evaluations
         self.states = states
         self.samples = samples

@@ -14,6 +14,7 @@ from qsm_lightning.datamodule import datamodule_of
 from qsm_lightning.errors import Interrupted, require
 from qsm_lightning.recording import check_renderable, picture_strip, record_episode, write_video
 from qsm_lightning.runs import run_folder
+from qsm_lightning.seeding import check_seed
 
 
 class EvaluationVideo(Callback):
@@ -34,6 +35,7 @@ class EvaluationVideo(Callback):
     def __init__(self, every_evaluations: int = 1, max_frames: int = 1_000, seed: int = 0) -> None:
         require(every_evaluations > 0, f"every_evaluations is {every_evaluations}: it must be greater than 0")
         require(max_frames > 0, f"max_frames is {max_frames}: it must be greater than 0")
+        check_seed(seed, "seed")
         self.every_evaluations = every_evaluations
         self.max_frames = max_frames
         self.seed = seed

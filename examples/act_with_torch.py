@@ -1,4 +1,4 @@
-"""An episode with a trained policy, in Python: its networks on observations of an environment of one's own.
+"""An episode of a gymnasium task with a trained policy, in Python: its networks on one's own environment.
 
 python examples/act_with_torch.py runs/Pendulum-v1/version_0 [SEED]
 """
@@ -6,6 +6,7 @@ python examples/act_with_torch.py runs/Pendulum-v1/version_0 [SEED]
 import sys
 
 import gymnasium as gym
+import numpy as np
 import torch
 from tensordict import TensorDict
 
@@ -15,7 +16,7 @@ trained = load(sys.argv[1])  # verified, and no code that is in it is run
 policy = trained.policy("sample")  # or "best_of_n", with candidates=32
 seed = int(sys.argv[2]) if len(sys.argv) > 2 else 0
 torch.manual_seed(seed)  # of the policy's noise
-env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(gym.make(trained.env)), -1.0, 1.0)
+env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(gym.make(trained.env)), np.float32(-1), np.float32(1))
 
 observation, _ = env.reset(seed=seed)
 total, done = 0.0, False

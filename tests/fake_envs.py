@@ -183,6 +183,24 @@ class Unbounded(Bandit):
     action_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
 
+class Stuck(Bandit):
+    """A component of its actions has one value alone."""
+
+    action_space = gym.spaces.Box(np.float32([0, 1]), np.float32([1, 1]))
+
+
+class Whole(Bandit):
+    """Actions of whole numbers."""
+
+    action_space = gym.spaces.Box(-2, 2, (2,), np.int64)
+
+
+class Still(Bandit):
+    """No actions."""
+
+    action_space = gym.spaces.Box(-1, 1, (0,), np.float32)
+
+
 class Matrix(Bandit):
     """Actions that are not a vector."""
 
@@ -206,6 +224,9 @@ for name in (
     "Overflow",
     "Parts",
     "Unbounded",
+    "Stuck",
+    "Whole",
+    "Still",
     "Matrix",
     "Words",
 ):

@@ -70,6 +70,14 @@ CASES = {
     "missing checkpoint": ([*PENDULUM, "--ckpt_path", "gone.ckpt"], "--ckpt_path is 'gone.ckpt'.*no such file"),
     "no last checkpoint": ([*PENDULUM, "--ckpt_path", "last"], "--ckpt_path is last.*no checkpoint"),
     "too many candidates": ([*PENDULUM, "--data.eval_candidates", "100000"], "data.eval_candidates is 100000: .*10000"),
+    "too many environments": (
+        [*PENDULUM, "--data.num_envs=99999999999"],
+        "data.num_envs is 99999999999: .*at most 10000",
+    ),
+    "too many episodes": (
+        [*PENDULUM, "--data.eval_episodes=99999999999"],
+        "data.eval_episodes is 99999999999: .*10000",
+    ),
     "unwritable folder": ([*PENDULUM, "--trainer.default_root_dir", "file/runs"], "trainer.default_root_dir"),
     "a class that needs networks": ([*PENDULUM, "--model.loss", "QSMLoss"], "model.loss.*such as QSM"),
     "a policy that there is not": (
@@ -220,6 +228,8 @@ def test_loss_scaling_on_a_cpu(precision: str, quick_command: Command, tmp_path:
         (["not_a.ckpt"], "not_a.ckpt is not a checkpoint"),
         (["weights.ckpt"], "weights.ckpt is not a checkpoint of qsm-fit"),
         (["not_a.ckpt", "--episodes", "0"], "--episodes is 0"),
+        (["not_a.ckpt", "--episodes", "99999999999"], "--episodes is 99999999999"),
+        (["not_a.ckpt", "--video", ""], "--video is "),
         (["not_a.ckpt", "--episodes", "some"], "episodes.*some"),
         (["not_a.ckpt", "--selector", "worst"], "selector.*worst"),
         (["not_a.ckpt", "--video", "not_a.ckpt/film.gif"], "not_a.ckpt cannot be written"),

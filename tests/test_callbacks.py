@@ -344,11 +344,11 @@ def test_a_signal_in_a_video_leaves_it_for_the_checkpoint_that_follows(monkeypat
     assert episode.called
 
 
-@pytest.mark.parametrize("fault", [RuntimeError("no GL context"), None])
+@pytest.mark.parametrize("fault", [RuntimeError("no GL context"), NotImplementedError(), None])
 def test_rendering_that_fails_is_said_before_training(fault: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     render = Mock(side_effect=fault, return_value=None)
     monkeypatch.setattr("qsm_lightning.recording.make_render_env", lambda name: (Mock(), render))
-    with pytest.raises(SettingError, match="no GL context.*MUJOCO_GL=egl" if fault else "no rgb_array"):
+    with pytest.raises(SettingError, match="no GL context.*MUJOCO_GL=egl" if str(fault or "") else "no rgb_array"):
         cb.EvaluationVideo().setup(stand_in(env_name="Hopper-v5"), Mock(), "fit")
 
 
@@ -364,7 +364,10 @@ def test_what_is_not_rendered(name: str) -> None:
         (lambda: cb.TrainingMetrics(0), "metrics.every_frames"),
         (lambda: cb.PolicyPicture(-1), "picture.every_evaluations"),
         (lambda: cb.PolicyPicture(states=0), "picture.states"),
+        (lambda: cb.PolicyPicture(states=100_000), "picture.states is 100000: it must be at most 20"),
+        (lambda: cb.PolicyPicture(samples=10**10), "picture.samples is 10+: it must be at most 10000"),
         (lambda: cb.EvaluationVideo(0), "every_evaluations"),
+        (lambda: cb.EvaluationVideo(seed=-1), "seed is -1: it must be from 0"),
         (lambda: cb.RunCheckpoint(every_frames=0), "checkpoint.every_frames"),
         (lambda: cb.RunCheckpoint(keep_last=0), "checkpoint.keep_last"),
     ],

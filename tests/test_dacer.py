@@ -120,7 +120,17 @@ def test_alpha_policy_and_targets_have_their_turns(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "setting", [{"alpha_init": 0}, {"alpha_every": 0}, {"policy_delay": 0}, {"entropy_samples": 2}, {"T": 0}], ids=str
+    "setting",
+    [
+        {"alpha_init": 0},
+        {"alpha_every": 0},
+        {"policy_delay": 0},
+        {"entropy_samples": 2},
+        {"entropy_samples": 10**11},
+        {"T": 0},
+        {"target_entropy": math.inf},
+    ],
+    ids=str,
 )
 def test_values_out_of_range_are_refused_by_name(setting: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=next(iter(setting))):

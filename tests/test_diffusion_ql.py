@@ -110,7 +110,7 @@ def test_both_targets_follow() -> None:
             torch.testing.assert_close(p.data, value.data)
 
 
-@pytest.mark.parametrize("setting", [{"eta": -1}, {"max_q_backup": 0}, {"T": 0}], ids=str)
+@pytest.mark.parametrize("setting", [{"eta": -1}, {"max_q_backup": 0}, {"max_q_backup": 10**10}, {"T": 0}], ids=str)
 def test_values_out_of_range_are_refused_by_name(setting: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=next(iter(setting))):
         DiffusionQL(OBS, A, **setting)

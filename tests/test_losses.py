@@ -239,6 +239,8 @@ def test_the_noise_of_the_target_does_not_depend_on_torchrls_exploration_type() 
         {"T": 0},
         {"hidden": ()},
         {"hidden": (16, 0)},
+        {"hidden": (8, 10**12)},
+        {"T": 10**11},
         {"time_dim": 7},
         {"gamma": 1.5},
         {"tau": 0},

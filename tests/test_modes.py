@@ -300,6 +300,8 @@ def test_two_dimensions_are_drawn_as_they_are() -> None:
         (["/x/a/version_0", "/x/a/version_1/checkpoints/1"], ["version_0", "version_1/checkpoints/1"]),
         (["a", "b/a"], ["a", "b/a"]),
         (["runs/a", "runs/a"], ["a", "a"]),
+        (["."], ["."]),
+        ([".", "../version_1"], [".", "../version_1"]),
     ],
 )
 def test_runs_are_called_by_what_their_paths_differ_in(paths: list[str], told: list[str]) -> None:
@@ -310,6 +312,7 @@ def test_bad_input_ends_in_a_sentence(toys: list[str], hoppers: list[str], tmp_p
     qsm = toys[0]
     file = tmp_path / "file"
     file.touch()
+    (tmp_path / "taken/modes.png").mkdir(parents=True)
     for args, words in (
         ([], "RUN_OR_CHECKPOINT"),
         ([qsm, hoppers[0]], "is of Hopper-v5 and .* of qsm_lightning/TwoGoals-v0: only runs of one environment"),
@@ -320,6 +323,9 @@ def test_bad_input_ends_in_a_sentence(toys: list[str], hoppers: list[str], tmp_p
         ([hoppers[0], "--seed", "5000000000"], "--seed is 5000000000: it must be from 0 to 4294967295"),
         ([qsm, "--seed", "-1"], "--seed is -1: it must be from 0"),
         ([qsm, "--projection", "tsne"], "--projection"),
+        ([qsm, "--steps", "99999999999"], "--steps has 99999999999: it must be below 100000"),
+        ([qsm, "--steps", ",".join(map(str, range(51)))], "--steps has 51 numbers: give at most 50"),
+        ([qsm, "--out", str(tmp_path / "taken")], "--out is .*taken/modes.png'.*that is a folder"),
         ([qsm, "--out", str(file)], "--out is .*file.*choose another folder"),
         ([str(tmp_path)], "is neither a checkpoint nor the folder of a run"),
     ):

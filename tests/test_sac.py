@@ -112,7 +112,9 @@ def test_policies_act_with_the_weights_under_training() -> None:
     assert loss.selectors == ("sample",)
 
 
-@pytest.mark.parametrize("setting", [{"gamma": 2}, {"tau": 0}, {"hidden": ()}, {"alpha_init": 0}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{"gamma": 2}, {"tau": 0}, {"hidden": ()}, {"alpha_init": 0}, {"target_entropy": float("nan")}], ids=str
+)
 def test_values_out_of_range_are_refused_by_name(setting: dict[str, object]) -> None:
     with pytest.raises(SettingError, match=next(iter(setting))):
         SAC(OBS, A, **setting)  # type: ignore[arg-type]

@@ -65,7 +65,9 @@ def test_gradients_are_isolated(term: str, trained: str) -> None:
     assert not any(metric.requires_grad for metric in metrics.values())
 
 
-@pytest.mark.parametrize("setting", [{"entropy_coef": 0}, {"reverse_samples": 0}, {"candidates": 0}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{"entropy_coef": 0}, {"reverse_samples": 0}, {"reverse_samples": 10**10}, {"candidates": 0}], ids=str
+)
 def test_values_out_of_range_are_refused_by_name(setting: dict[str, Any]) -> None:
     with pytest.raises(SettingError, match=next(iter(setting))):
         made(**setting)

@@ -25,6 +25,7 @@ from torchrl.envs import EnvBase, Transform
 from qsm_lightning.errors import SettingError, require
 
 PREFIX = "continuous"
+LEAST, MOST = 1e-6, 1e6  # of options
 TIME_STEP = "time_step"
 TERMINAL_REWARD = "terminal_reward"
 STATE, VELOCITY = "continuous_state", "continuous_velocity"  # what a policy saw and gave, while the environment steps
@@ -75,13 +76,11 @@ class ContinuousTime:
         for key in ("time_scale", "max_speed", "horizon"):
             value = getattr(time, key)
             require(
-                value is None or (value > 0 and math.isfinite(value)),
-                f"data.env has {key}={value}: it must be a number greater than 0",
+                value is None or LEAST <= value <= MOST,
+                f"data.env has {key}={value}: it must be a number from {LEAST:g} to {MOST:g}",
             )
         require(0 <= time.jitter < 1, f"data.env has jitter={time.jitter}: it must be at least 0 and below 1")
-        require(
-            time.sigma >= 0 and math.isfinite(time.sigma), f"data.env has sigma={time.sigma}: it must not be negative"
-        )
+        require(0 <= time.sigma <= MOST, f"data.env has sigma={time.sigma}: it must be from 0 to {MOST:g}")
         require(
             time.sigma == 0 or time.max_speed is not None,
             f"data.env has sigma={time.sigma}: it is the noise of an action that moves; give max_speed as well",

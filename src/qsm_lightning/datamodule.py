@@ -26,12 +26,14 @@ from qsm_lightning.compiled import compile_acting
 from qsm_lightning.continuous import TIME_STEP
 from qsm_lightning.distributed import Ranks
 from qsm_lightning.env_state import NoStateError
-from qsm_lightning.envs import make_env
+from qsm_lightning.envs import MOST_COPIES, make_env
 from qsm_lightning.errors import (
     EnvironmentFault,
     Interrupted,
     TrainingFault,
+    one_line,
     require,
+    require_at_most,
     require_not_negative,
     require_package,
     require_positive,
@@ -41,7 +43,7 @@ from qsm_lightning.experience import Experience
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.losses.base import non_finite
 from qsm_lightning.plain import generators_state, load_generators_state
-from qsm_lightning.policy import Policy, check_candidates
+from qsm_lightning.policy import Policy, check_samples
 from qsm_lightning.precision import full_precision_on
 from qsm_lightning.replay import FrameBuffer, Storage
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
@@ -178,7 +180,13 @@ class OffPolicyDataModule(LightningDataModule):
             "rounds_per_batch": 1 if rounds_per_batch is None else rounds_per_batch,
         }
         require_positive(**{f"data__{name}": value for name, value in settings.items()})
-        check_candidates(eval_candidates, "data.eval_candidates")
+        require_at_most(
+            MOST_COPIES,
+            data__num_envs=num_envs,
+            data__eval_episodes=eval_episodes,
+            data__collector_workers=collector_workers,
+        )
+        check_samples(eval_candidates, "data.eval_candidates")
         envs, envs_named = num_envs, f"data.num_envs ({num_envs})"
         if collector != "local":
             envs *= collector_workers
@@ -645,7 +653,8 @@ class OffPolicyDataModule(LightningDataModule):
         try:
             return self._make_env(num_envs)
         except Exception as error:
-            raise EnvironmentFault(f"the environment {self.env_name} could not be made ({error})") from error
+            what = one_line(error) or type(error).__name__
+            raise EnvironmentFault(f"the environment {self.env_name} could not be made ({what})") from error
 
     def _drop_eval_env(self) -> None:
         _close(self._eval_env)

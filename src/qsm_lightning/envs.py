@@ -67,6 +67,9 @@ ENVPOOL_EXTRA_KEYS = {
 }
 
 
+MOST_COPIES = 10_000  # of one environment
+
+
 def make_env(name: str, num_envs: int = 1, processes: bool = False, timeout: float = 60.0) -> EnvBase:
     """Build ``num_envs`` copies of an environment, stepped together.
 
@@ -87,7 +90,7 @@ def make_env(name: str, num_envs: int = 1, processes: bool = False, timeout: flo
         env: EnvBase = EnvpoolEnv(task, num_envs)
         env.source = name
         return TransformedEnv(env, Compose(RewardSum(), StepCounter()))
-    single = partial(_dmc_env, task, time) if source == "dmc" else partial(_gym_env, own, time)
+    single = partial(_dmc_env, name, task, time) if source == "dmc" else partial(_gym_env, name, own, time)
     env = probe = single()
     transforms = _transforms(probe, time)
     if processes or num_envs > 1:
@@ -134,14 +137,24 @@ def _transforms(env: EnvBase, time: ContinuousTime | None) -> list[Transform]:
 
 def _check_bounds(name: str, low: np.ndarray, high: np.ndarray) -> None:
     require(
-        low.ndim == 1,
+        low.ndim == 1 and low.size > 0,
         f"data.env is {name!r}: its actions have the shape {low.shape}, and a policy gives a vector; flatten them in a "
         "gymnasium.ActionWrapper",
+    )
+    require(
+        np.issubdtype(low.dtype, np.floating),
+        f"data.env is {name!r}: its actions are whole numbers ({low.dtype}), and a diffusion policy's are not; round "
+        "them in a gymnasium.ActionWrapper",
     )
     require(
         bool(np.isfinite(low).all() and np.isfinite(high).all()),
         f"data.env is {name!r}: its actions are unbounded, and only bounded ones can be scaled to [-1, 1]; "
         "wrap it in gymnasium.wrappers.ClipAction or choose another environment",
+    )
+    require(
+        bool((low < high).all()),
+        f"data.env is {name!r}: component {np.argmin(low < high)} of its actions has one value alone; leave it out "
+        "in a gymnasium.ActionWrapper",
     )
 
 
@@ -233,7 +246,7 @@ class GuardedTimedGymWrapper(Guarded, Timed, GymWrapper):
     """A gymnasium environment in continuous time whose faults carry its name."""
 
 
-def _gym_env(name: str, time: ContinuousTime | None = None, **kwargs: Any) -> Any:
+def _gym_env(source: str, name: str, time: ContinuousTime | None = None, **kwargs: Any) -> Any:
     raw = make_gym(name, **kwargs)
     env: GuardedGymWrapper | GuardedTimedGymWrapper
     if time is None:
@@ -241,7 +254,7 @@ def _gym_env(name: str, time: ContinuousTime | None = None, **kwargs: Any) -> An
     else:
         env = GuardedTimedGymWrapper(raw)
         time_gym(env, name, time)
-    env.source = name
+    env.source = source
     return env
 
 
@@ -255,7 +268,7 @@ def make_render_env(name: str) -> tuple[EnvBase, Callable[[], np.ndarray]]:
         physics = env.base_env._env.physics
         return env, partial(physics.render, 240, 320, camera_id=0)
     try:
-        single = _gym_env(own, time, render_mode="rgb_array")
+        single = _gym_env(name, own, time, render_mode="rgb_array")
     except SettingError as error:
         raise SettingError(f"{name} cannot be rendered: {error}") from error
     return TransformedEnv(single, Compose(*_transforms(single, time))), single._env.render
@@ -268,7 +281,7 @@ def _require_extra(module: str, extra: str, name: str) -> ModuleType:
         return importlib.import_module(module)
 
 
-def _dmc_env(task: str, time: ContinuousTime | None = None) -> EnvBase:
+def _dmc_env(source: str, task: str, time: ContinuousTime | None = None) -> EnvBase:
     name = f"dmc:{task}"
     _require_extra("dm_control", "dmc", name)
     suite = _require_extra("dm_control.suite", "dmc", name)
@@ -284,7 +297,7 @@ def _dmc_env(task: str, time: ContinuousTime | None = None) -> EnvBase:
     else:
         env = GuardedTimedDMControlEnv(domain, task, random=0)
         time_dm_control(env, name, time)
-    env.source = name
+    env.source = source
     _check_bounds(name, env.action_spec.space.low.numpy(), env.action_spec.space.high.numpy())
     return env
 

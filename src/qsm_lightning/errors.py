@@ -79,6 +79,12 @@ def require_not_negative(**settings: float) -> None:
         require(value < math.inf, f"{name.replace('__', '.')} is {value}: it must be finite")
 
 
+def require_at_most(most: float, **settings: float) -> None:
+    """Raise :class:`SettingError` for the first of ``settings`` that is above ``most``."""
+    for name, value in settings.items():
+        require(value <= most, f"{name.replace('__', '.')} is {value}: it must be at most {most}")
+
+
 def require_package(module: str, extra: str, what: str) -> None:
     """Raise :class:`SettingError` unless an optional package is installed.
 

@@ -78,13 +78,13 @@ class ExplorationPolicy(Policy):
         return add_action_noise(action, torch.randn_like(action), self.noise_std)
 
 
-MOST_CANDIDATES = 10_000  # memory grows with them
+MOST_SAMPLES = 10_000  # memory grows with them
 
 
-def check_candidates(n: int, setting: str) -> None:
-    """Raise :class:`SettingError` that names ``setting`` unless there can be ``n`` candidates."""
+def check_samples(n: int, setting: str) -> None:
+    """Raise :class:`SettingError` that names ``setting`` unless there can be ``n`` samples of each observation."""
     require(n > 0, f"{setting} is {n}: it must be greater than 0")
-    require(n <= MOST_CANDIDATES, f"{setting} is {n}: it must be at most {MOST_CANDIDATES}")
+    require(n <= MOST_SAMPLES, f"{setting} is {n}: it must be at most {MOST_SAMPLES}")
 
 
 class BestOfNPolicy(DiffusionPolicy):

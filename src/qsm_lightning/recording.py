@@ -68,6 +68,8 @@ def render_frame(name: str, render: Callable[[], np.ndarray]) -> np.ndarray:
     """One frame [height, width, 3], or a :class:`SettingError` that says how to make rendering work."""
     try:
         frame = render()
+    except NotImplementedError:
+        frame = None
     except Exception as error:  # GL libraries raise whatever they like
         raise SettingError(f"{name} cannot be rendered here ({type(error).__name__}: {error}); {GL_HINT}") from error
     if frame is None:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from qsm_lightning.errors import SettingError, require
+from qsm_lightning.errors import SettingError, require, require_at_most
 
 ScheduleName = Literal["vp", "cosine", "linear"]
 
@@ -47,7 +47,7 @@ class NoiseSchedule(nn.Module):
         T: number of denoising steps, at least 1.
 
     Raises:
-        SettingError: for an unknown name or T < 1.
+        SettingError: for an unknown name, T < 1 or T > 10,000.
     """
 
     betas: Tensor
@@ -61,6 +61,7 @@ class NoiseSchedule(nn.Module):
     def __init__(self, name: ScheduleName = "vp", T: int = 5) -> None:
         super().__init__()
         require(T >= 1, f"T is {T}: a diffusion policy needs at least 1 denoising step")
+        require_at_most(10_000, T=T)
         if name not in BETAS:
             raise SettingError(f"schedule is {name!r}: choose one of {', '.join(BETAS)}")
         betas = BETAS[name](T)

@@ -65,6 +65,12 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
         _stop(prog, stop, "interrupted; nothing was saved since the last checkpoint", 130)
 
 
+def check_results(folder: Path, *names: str) -> None:
+    """Raise :class:`SettingError` unless :func:`write_results` can write these files into a folder."""
+    for name in names:
+        durable.check_writable(folder / name, "--out")
+
+
 def write_results(folder: Path, table: str, files: dict[str, bytes]) -> None:
     """Write what a command found into a folder, each file whole, and print its table and where they are."""
     with durable.writing(folder, "--out"):

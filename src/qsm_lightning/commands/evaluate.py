@@ -9,6 +9,7 @@ from pathlib import Path
 from qsm_lightning import durable
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.commands.trained import add_checkpoint, add_selector, load
+from qsm_lightning.envs import MOST_COPIES
 from qsm_lightning.errors import require
 from qsm_lightning.evaluation import run_episodes, summary
 from qsm_lightning.recording import check_renderable, check_video_path, record_episode, write_video
@@ -34,13 +35,16 @@ def _parser() -> argparse.ArgumentParser:
 def run(args: list[str] | None = None) -> None:
     """Parse, evaluate and print."""
     options = _parser().parse_args(args)
-    require(options.episodes > 0, f"--episodes is {options.episodes}: it must be greater than 0")
+    require(
+        0 < options.episodes <= MOST_COPIES,
+        f"--episodes is {options.episodes}: it must be from 1 to {MOST_COPIES}, each in an environment of its own",
+    )
     check_seed(options.seed, "--seed")
-    if options.video:
+    if options.video is not None:
         check_video_path(options.video)
     trained = load(options.checkpoint, options.trust)
     policy = trained.policy(options.selector, options.candidates)
-    if options.video:
+    if options.video is not None:
         check_renderable(trained.env)
     env_seed = derive_seed(options.seed, 0, Purpose.REPORT_ENV)
     noise_seed = derive_seed(options.seed, 0, Purpose.REPORT_NOISE)
@@ -54,7 +58,7 @@ def run(args: list[str] | None = None) -> None:
             **summary(run_episodes(env, policy, env_seed, noise_seed)),
         }
         env.close()
-        if options.video:
+        if options.video is not None:
             frames, result["video_return"] = record_episode(trained.env, policy, env_seed, noise_seed)
             with durable.writing(Path(options.video), "--video"):
                 write_video(options.video, frames)

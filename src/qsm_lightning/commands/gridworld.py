@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qsm_lightning import durable
-from qsm_lightning.commands.base import Parser, run_command, write_results
+from qsm_lightning.commands.base import Parser, check_results, run_command, write_results
 from qsm_lightning.errors import SettingError, require
 from qsm_lightning.figures import png
 from qsm_lightning.seeding import check_seed
@@ -54,7 +53,7 @@ def run(args: list[str] | None = None) -> None:
     require(options.rounds >= 1, f"--rounds is {options.rounds}: it must be at least 1")
     check_seed(options.seed, "--seed")
     folder = Path(options.out)
-    durable.check_writable(folder / "gridworld.json", "--out")
+    check_results(folder, "gridworld.json", "gridworld.png")
     text = MAP if options.map is None else _read(options.map)
     world = read_map(text, options.gamma)
     found = {a: policy_iteration(world, a, options.soft, options.rounds, options.seed) for a in options.alpha}

@@ -10,8 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qsm_lightning import durable
-from qsm_lightning.commands.base import Parser, run_command, write_results
+from qsm_lightning.commands.base import Parser, check_results, run_command, write_results
 from qsm_lightning.errors import require, require_package
 from qsm_lightning.figures import png
 from qsm_lightning.seeding import check_seed
@@ -68,7 +67,7 @@ def run(args: list[str] | None = None) -> None:
     require(options.updates >= 0, f"--updates is {options.updates}: it must not be negative")
     check_seed(options.seed, "--seed")
     folder = Path(options.out)
-    durable.check_writable(folder / "lq.json", "--out")
+    check_results(folder, "lq.json", "lq.png")
     require_package("scipy", "theory", "qsm-lq")
     from qsm_lightning.theory import lq
     from qsm_lightning.theory.lq_picture import draw_time_steps

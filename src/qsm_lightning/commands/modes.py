@@ -12,16 +12,17 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from qsm_lightning import durable
-from qsm_lightning.commands.base import Parser, run_command, write_results
+from qsm_lightning.commands.base import Parser, check_results, run_command, write_results
 from qsm_lightning.commands.trained import Trained, add_checkpoint, load
 from qsm_lightning.errors import require, require_package
+from qsm_lightning.evaluation import MAX_EPISODE_FRAMES
 from qsm_lightning.figures import png
 from qsm_lightning.modes import Modes, Sampled, find_modes, spread
 from qsm_lightning.modes_picture import draw_modes
 from qsm_lightning.seeding import Purpose, check_seed, derive_seed
 
 MOST = 100_000  # samples
+MOST_STATES = 50  # a row each
 
 
 def main(args: list[str] | None = None) -> None:
@@ -43,7 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="0,50,100",
         help="the states: those after so many steps of an episode of the first run's policy (0, its start)",
     )
-    parser.add_argument("--samples", type=int, default=1000, help="actions at each state (1000)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=1000,
+        help="actions at each state (1000); of fewer than some hundred, more modes may be counted than there are",
+    )
     parser.add_argument(
         "--projection", choices=("pca", "umap"), default="pca", help="to two dimensions, for actions of more (pca)"
     )
@@ -62,12 +68,17 @@ def run(args: list[str] | None = None) -> None:
     """Parse, sample, count, draw, write and print."""
     options = _parser().parse_args(args)
     require(50 <= options.samples <= MOST, f"--samples is {options.samples}: modes are counted of 50 to {MOST}")
+    require(len(options.steps) <= MOST_STATES, f"--steps has {len(options.steps)} numbers: give at most {MOST_STATES}")
+    require(
+        options.steps[-1] < MAX_EPISODE_FRAMES,
+        f"--steps has {options.steps[-1]}: it must be below {MAX_EPISODE_FRAMES}, where an episode is left",
+    )
     check_seed(options.seed, "--seed")
     require_package("sklearn", "modes", "qsm-modes")
     if options.projection == "umap":
         require_package("umap", "umap", "--projection is umap")
     folder = Path(options.out)
-    durable.check_writable(folder / "modes.json", "--out")
+    check_results(folder, "modes.json", "modes.md", "modes.png")
     runs = [load(name, options.trust) for name in options.checkpoint]
     for name, trained in zip(options.checkpoint, runs, strict=True):
         require(
@@ -138,7 +149,7 @@ def _names(given: list[str], runs: list[Trained]) -> list[str]:
 
 def _differing(paths: list[str]) -> list[str]:
     """Paths without the folders that all of them begin or end with."""
-    parts = [Path(path).parts for path in paths]
+    parts = [Path(path).parts or (".",) for path in paths]
     for end, rest in ((0, slice(1, None)), (-1, slice(-1))):
         while len({path[end] for path in parts}) == 1 and min(map(len, parts)) > 1:
             parts = [path[rest] for path in parts]

@@ -18,7 +18,7 @@ from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import SettingError, one_line, require
 from qsm_lightning.module import OffPolicyModule
-from qsm_lightning.policy import check_candidates
+from qsm_lightning.policy import check_samples
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Trained:
             SettingError: when the algorithm does not have it.
         """
         loss = self.module.loss
-        check_candidates(candidates, "--candidates")
+        check_samples(candidates, "--candidates")
         require(
             selector in loss.selectors,
             f"--selector is {selector}: {type(loss).__name__} has {' and '.join(loss.selectors)}",

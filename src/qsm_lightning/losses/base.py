@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -131,6 +132,14 @@ class OffPolicyLoss(LossModule):
 def check_gamma(gamma: float) -> None:
     """Raise :class:`SettingError` unless ``gamma`` is a discount per step."""
     require(0 <= gamma <= 1, f"gamma is {gamma}: it must be between 0 and 1")
+
+
+def check_entropy(target_entropy: float | None) -> None:
+    """Raise :class:`SettingError` unless ``target_entropy`` is one that there can be, in nats, or the default."""
+    require(
+        target_entropy is None or math.isfinite(target_entropy),
+        f"target_entropy is {target_entropy}: it must be a finite number, or null for the default",
+    )
 
 
 def check_tau(tau: float) -> None:

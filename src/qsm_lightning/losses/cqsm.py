@@ -240,7 +240,7 @@ class CQSMLoss(OffPolicyLoss):
         require(
             there == (self.max_speed, self.sigma),
             f"model.loss.max_speed is {self.max_speed} and model.loss.sigma {self.sigma}: the action has to move so in "
-            f"data.env, such as continuous:Pendulum-v1?max_speed={self.max_speed:g}&sigma={self.sigma:g}",
+            f"data.env, such as continuous:Pendulum-v1?max_speed={self.max_speed}&sigma={self.sigma}",
         )
 
     def exploration_policy(self) -> Policy:

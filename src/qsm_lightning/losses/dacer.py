@@ -16,9 +16,9 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from qsm_lightning.errors import require, require_package, require_positive
-from qsm_lightning.losses.base import Metrics
+from qsm_lightning.losses.base import Metrics, check_entropy
 from qsm_lightning.losses.diffusion import SizedDiffusionLoss, climb
-from qsm_lightning.policy import DiffusionPolicy, Policy, add_action_noise
+from qsm_lightning.policy import DiffusionPolicy, Policy, add_action_noise, check_samples
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
 
@@ -62,6 +62,8 @@ class DACER(SizedDiffusionLoss):
             entropy_samples >= COMPONENTS,
             f"entropy_samples is {entropy_samples}: it must be at least {COMPONENTS}, the Gaussians that are fitted",
         )
+        check_samples(entropy_samples, "entropy_samples")
+        check_entropy(target_entropy)
         require_package("sklearn", "modes", "dacer")
         super().__init__(observation_dim, action_dim, **settings)
         self.log_alpha = nn.Parameter(torch.full((1,), math.log(alpha_init)))

@@ -13,13 +13,15 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from qsm_lightning.errors import require, require_not_negative
+from qsm_lightning.errors import require, require_at_most, require_not_negative
 from qsm_lightning.losses.base import Metrics, OffPolicyLoss, check_gamma, check_tau, polyak_update
 from qsm_lightning.networks import Critics, Denoiser, eps_given
 from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, Policy, add_action_noise
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
 from qsm_lightning.schedule import NoiseSchedule, ScheduleName
+
+WIDEST = 100_000  # layer
 
 
 class DiffusionLoss(OffPolicyLoss):
@@ -200,6 +202,7 @@ class SizedDiffusionLoss(DiffusionLoss):
     ) -> None:
         check_hidden(hidden)
         require(time_dim > 0 and time_dim % 2 == 0, f"time_dim is {time_dim}: it must be even and greater than 0")
+        require_at_most(WIDEST, time_dim=time_dim)
         denoiser = Denoiser(observation_dim, action_dim, hidden, time_dim)
         critics = Critics(observation_dim, action_dim, hidden)
         super().__init__(denoiser, critics, NoiseSchedule(schedule, T), **settings)
@@ -215,4 +218,7 @@ def climb(value: Callable[[Tensor], Tensor], action: Tensor) -> Tensor:
 def check_hidden(hidden: Sequence[int]) -> None:
     """Raise :class:`SettingError` unless ``hidden`` has widths of layers."""
     require(len(hidden) > 0, "hidden is empty: give at least one layer width, such as [256, 256]")
-    require(all(width > 0 for width in hidden), f"hidden is {list(hidden)}: every width must be greater than 0")
+    require(
+        all(0 < width <= WIDEST for width in hidden),
+        f"hidden is {list(hidden)}: every width must be greater than 0 and at most {WIDEST}",
+    )

@@ -16,9 +16,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from qsm_lightning.distributed import batch_mean
-from qsm_lightning.errors import require, require_not_negative
+from qsm_lightning.errors import require_not_negative
 from qsm_lightning.losses.base import Metrics, polyak_update
 from qsm_lightning.losses.diffusion import SizedDiffusionLoss, climb
+from qsm_lightning.policy import check_samples
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
 
@@ -48,7 +49,7 @@ class DiffusionQL(SizedDiffusionLoss):
         **settings: Any,
     ) -> None:
         require_not_negative(eta=eta)
-        require(max_q_backup >= 1, f"max_q_backup is {max_q_backup}: it must be at least 1")
+        check_samples(max_q_backup, "max_q_backup")
         super().__init__(observation_dim, action_dim, **settings)
         self.eta = eta
         self.max_q_backup = max_q_backup

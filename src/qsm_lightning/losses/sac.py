@@ -14,7 +14,7 @@ from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss
 
 from qsm_lightning.errors import require_positive
-from qsm_lightning.losses.base import Metrics
+from qsm_lightning.losses.base import Metrics, check_entropy
 from qsm_lightning.losses.wrapped import WrappedLoss
 from qsm_lightning.networks import MLP
 from qsm_lightning.policy import Policy
@@ -54,6 +54,7 @@ class SAC(WrappedLoss):
         target_entropy: float | None = None,
     ) -> None:
         require_positive(alpha_init=alpha_init)
+        check_entropy(target_entropy)
         target = "auto" if target_entropy is None else target_entropy
         super().__init__(observation_dim, action_dim, hidden, gamma, tau, alpha_init=alpha_init, target_entropy=target)
 

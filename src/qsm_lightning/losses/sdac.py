@@ -4,7 +4,7 @@ The denoiser learns the noise predictor of :math:`\pi(a|s) \propto \exp(Q(s, a) 
 policy: for a noised action a_t, clean actions that could have led to it are drawn from the reverse of the forward
 process and weighed by their values. As in the authors' code (github.com/mahaitongdae/diffusion_policy_online_rl) the
 noised actions are those that the policy takes, which is the best of several samples, also in the TD target; its
-adaptive lambda ends near a constant, which it is here.
+lambda adapts, and here it is constant.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from qsm_lightning.errors import require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.diffusion import SizedDiffusionLoss
-from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy
+from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy, check_samples
 from qsm_lightning.precision import full_precision
 
 
@@ -48,7 +48,9 @@ class SDAC(SizedDiffusionLoss):
         candidates: int = 4,
         **settings: Any,
     ) -> None:
-        require_positive(entropy_coef=entropy_coef, reverse_samples=reverse_samples, candidates=candidates)
+        require_positive(entropy_coef=entropy_coef)
+        check_samples(reverse_samples, "reverse_samples")
+        check_samples(candidates, "candidates")
         super().__init__(observation_dim, action_dim, **settings)
         self.entropy_coef = entropy_coef
         self.reverse_samples = reverse_samples
