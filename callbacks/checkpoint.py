@@ -6,15 +6,16 @@ import contextlib
 import time
 import warnings
 from pathlib import Path
+from pickle import PicklingError, UnpicklingError
 from typing import Any
 
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping
 from typing_extensions import override
 
-from qsm_lightning import checkpoints
+from qsm_lightning import checkpoints, durable
 from qsm_lightning.datamodule import datamodule_of
-from qsm_lightning.errors import EnvironmentFault, Interrupted, require
+from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, require
 from qsm_lightning.losses.base import non_finite
 from qsm_lightning.runs import CHECKPOINTS
 
@@ -58,8 +59,20 @@ class RunCheckpoint(Checkpoint):
         if self.every_frames is not None:
             datamodule_of(trainer).end_batches_every(self.every_frames)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            self._check_state(callback)
             if isinstance(callback, EarlyStopping):  # else it counts an evaluation after it was saved
                 callback._check_on_train_epoch_end = False
+
+    @staticmethod
+    def _check_state(callback: Callback) -> None:
+        """Refuse a callback whose state a checkpoint could not be read with again."""
+        try:
+            durable.unpacked(durable.packed(callback.state_dict()))
+        except (PicklingError, UnpicklingError, TypeError) as error:
+            raise SettingError(
+                f"trainer.callbacks: the state of {type(callback).__name__} is not plain data, and checkpoints with it "
+                "could not be opened; have its state_dict give numbers, strings, tensors, lists and dictionaries"
+            ) from error
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

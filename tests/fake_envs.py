@@ -186,13 +186,13 @@ class Unbounded(Bandit):
 class Stuck(Bandit):
     """A component of its actions has one value alone."""
 
-    action_space = gym.spaces.Box(np.float32([0, 1]), np.float32([1, 1]))
+    action_space = gym.spaces.Box(np.array([0, 1], np.float32), np.ones(2, np.float32))
 
 
 class Whole(Bandit):
     """Actions of whole numbers."""
 
-    action_space = gym.spaces.Box(-2, 2, (2,), np.int64)
+    action_space = gym.spaces.Box(-2, 2, (2,), np.int64)  # type: ignore[arg-type]
 
 
 class Still(Bandit):

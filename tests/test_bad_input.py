@@ -25,6 +25,10 @@ FILES = {
     "nested.yaml": "model:\n  loss:\n    m_z: 3\n",
     "interpolated.yaml": "data:\n  env: ${oc.env:NO_SUCH_VARIABLE}\n",
     "stopping.yaml": "trainer: {callbacks: {class_path: EarlyStopping, init_args: {monitor: eval/retrun, mode: max}}}",
+    "lossless.yaml": "model: {loss: null}\n",
+    "scalar.yaml": "data: 5\n",
+    "empty.yaml": "data:\n",
+    "resume.yaml": "resume: foo\n",
     "not_a.ckpt": "this is text",
     "file": "a file where a folder is wanted",
 }
@@ -91,6 +95,28 @@ CASES = {
     "batches to fit": ([*PENDULUM, "--trainer.overfit_batches=1"], "overfit_batches is 1, .*data.total_frames"),
     "accumulated gradients": ([*PENDULUM, "--trainer.accumulate_grad_batches=2"], "batches is 2, .*data.batch_size"),
     "a bare trainer": ([*PENDULUM, "--trainer.barebones=true"], "barebones is True, .*trainer.logger"),
+    "a limit of one batch": ([*PENDULUM, "--trainer.limit_train_batches=1"], "batches is 1, .*data.eval_every_frames"),
+    "half an evaluation": ([*PENDULUM, "--trainer.limit_val_batches=0.5"], "batches is 0.5, .*data.eval_episodes"),
+    "a callback twice": (
+        [*PENDULUM, "--trainer.callbacks+=qsm_lightning.callbacks.TrainingMetrics"],
+        "trainer.callbacks: .*TrainingMetrics.*give each once",
+    ),
+    "an average of weights with evaluation": (
+        [*PENDULUM, "--trainer.callbacks+=EMAWeightAveraging"],
+        "trainer.callbacks has WeightAveraging, .*use model.ema",
+    ),
+    "a search for a batch size": (
+        [*PENDULUM, "--trainer.callbacks+=BatchSizeFinder"],
+        "trainer.callbacks has BatchSizeFinder, .*data.batch_size",
+    ),
+    "no loss": ([*PENDULUM, "--config", "lossless.yaml"], "model.loss is null: name an algorithm"),
+    "a number for a group": (["--config", "scalar.yaml"], "'scalar.yaml': data must hold settings, and is 5"),
+    "an empty group": (["--config", "empty.yaml"], "'empty.yaml': data must hold settings, and is None"),
+    "a resume in a file": ([*PENDULUM, "--config", "resume.yaml"], "'resume.yaml': resume is for the command line"),
+    "a count in floating point": (
+        [*PENDULUM, "--model.actor_lr_decay_updates=1e6"],
+        "model.actor_lr_decay_updates is '(1e6|1000000.0)': it must be int or null",
+    ),
     "accumulated gradients, by a callback": (
         [*PENDULUM, "--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={0: 2}"],
         "GradientAccumulationScheduler.*data.batch_size",

@@ -9,15 +9,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from pytorch_lightning import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from qsm_lightning import checkpoints, runs
+from qsm_lightning.cli import build
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM
@@ -434,6 +437,66 @@ def test_a_finished_run_goes_on_with_more_frames_only(frames: int, status: int, 
         assert sentence in text
     else:
         assert "from frame 60" in text
+
+
+@pytest.fixture
+def longer(run: Path, tmp_path: Path) -> Path:
+    """A run of 90 frames with checkpoints at 60 and 90."""
+    fit(tmp_path, "--resume", run, "--data.total_frames=90")
+    return run
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("args", "status"),
+    [
+        (["--trainer.callbacks+=LearningRateMonitor", "--trainer.logger=false"], 2),
+        (["--trainer.fast_dev_run=true"], 0),
+    ],
+    ids=["refused", "fast_dev_run"],
+)
+def test_a_resume_that_does_not_train_leaves_the_run_as_it_was(
+    args: list[str], status: int, longer: Path, tmp_path: Path
+) -> None:
+    before = content(longer)
+    text = fit(tmp_path, "--resume", longer / "checkpoints" / "000000060", *args, status=status)
+    assert "Traceback" not in text
+    assert content(longer) == before
+    fit(tmp_path, "--resume", longer / "checkpoints" / "000000060", "--data.total_frames=90")
+    assert (longer / "checkpoints" / "000000090.aside").is_dir()
+
+
+def test_a_run_stays_in_its_folder_whatever_logs_it(run: Path, tmp_path: Path) -> None:
+    fit(tmp_path, "--resume", run, "--data.total_frames=90", "--trainer.logger=false")
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["total_frames"] == 90
+    assert not (tmp_path / "runs").exists()
+
+
+class Odd(Callback):
+    """Its state is no plain data."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": np.datetime64("2026-01-01")}
+
+
+def test_a_state_that_could_not_be_read_again_is_refused(tmp_path: Path) -> None:
+    text = fit(tmp_path, *TINY, "--trainer.callbacks+=tests.test_runs.Odd", status=2)
+    assert "qsm-fit: trainer.callbacks: the state of Odd is not plain data" in text
+    assert "Traceback" not in text
+
+
+def test_a_progress_bar_of_ones_own_stands_in_place_of_ours(tmp_path: Path) -> None:
+    assert "Epoch 0" in fit(tmp_path, *TINY, "--trainer.callbacks+=TQDMProgressBar")
+
+
+def test_a_folder_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = build([*TINY, "--trainer.default_root_dir=~/all"]).trainer.loggers[1].root_dir
+    assert folder == str(tmp_path / "home/all/Pendulum-v1")
+    assert build([*TINY, "--trainer.default_root_dir=$HOME/all"]).trainer.loggers[0].root_dir == folder
 
 
 def test_lightning_loads_a_checkpoint_by_itself(run: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from jsonargparse import ActionConfigFile, DefaultHelpFormatter
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Callback, Trainer
-from pytorch_lightning.callbacks import EarlyStopping, Timer
+from pytorch_lightning.callbacks import EarlyStopping, ProgressBar, Timer
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -38,11 +40,12 @@ log = logging.getLogger(__name__)
 
 # Of Lightning's settings those that mean something else here or nothing: the values they may have, and the mend.
 CADENCE = "data.eval_every_frames sets how often the policy is evaluated, data.total_frames how long it trains"
-UNUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+UNUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # an int is not a share
     "check_val_every_n_epoch": ((1,), CADENCE),
     "val_check_interval": ((None,), CADENCE),
     "limit_train_batches": ((None, 1.0), CADENCE),
-    "overfit_batches": ((0,), CADENCE),
+    "limit_val_batches": ((None, 0, 1, 1.0), "an evaluation is one batch; data.eval_episodes sets how long it is"),
+    "overfit_batches": ((0, 0.0), CADENCE),
     "accumulate_grad_batches": ((1,), "give data.batch_size all frames of an update"),
     "barebones": ((False,), "it takes loggers and checkpoints away; set trainer.logger and the like to false"),
 }
@@ -183,7 +186,7 @@ class FitCLI(LightningCLI):
 
     @property
     def _root(self) -> Path:
-        return Path(self.config["trainer"]["default_root_dir"] or "runs")
+        return Path(os.path.expandvars(self.config["trainer"]["default_root_dir"] or "runs")).expanduser()
 
     @property
     def _name(self) -> str:
@@ -199,7 +202,9 @@ class FitCLI(LightningCLI):
         settings = self.config_init["trainer"]
         self._check_folder(self.checkpoint.run if self.checkpoint else self._root / self._name)
         for name, (unused, mend) in UNUSED.items():
-            require(settings[name] in unused, f"trainer.{name} is {settings[name]}, which cannot be used: {mend}")
+            value = settings[name]
+            same = any(value == other and type(value) is type(other) for other in unused)
+            require(same, f"trainer.{name} is {settings[name]}, which cannot be used: {mend}")
         require(
             settings["accelerator"] not in ("gpu", "cuda") or torch.cuda.is_available(),
             f"trainer.accelerator is {settings['accelerator']!r}: there is no GPU here; use cpu or auto",
@@ -211,16 +216,19 @@ class FitCLI(LightningCLI):
             kwargs["logger"] = run_loggers(self.checkpoint.run if self.checkpoint else None, self._root, self._name)
         kwargs |= launching.trainer_settings(settings)
         own: list[Callback] = [cb.StopOnNonFinite(), cb.StopOnSignal()]
-        if settings["enable_progress_bar"] is not False:
-            own.append(cb.FrameProgress())
         given = settings["callbacks"] or []
-        kwargs["callbacks"] = own + (given if isinstance(given, list) else [given])
+        given = given if isinstance(given, list) else [given]
+        if settings["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
+            own.append(cb.FrameProgress())
+        kwargs["callbacks"] = own + given
         if settings["enable_checkpointing"] is False:
             del self.parser.callback_keys[self.parser.callback_keys.index("checkpoint")]
         try:
             return super().instantiate_trainer(**kwargs)
         except TypeError as error:
             raise SettingError(f"trainer: {one_line(error)}") from error
+        except RuntimeError as error:  # of a run that goes on, config.yaml has its callbacks already
+            raise SettingError(f"trainer.callbacks: {one_line(error)}; give each once") from error
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -308,7 +316,8 @@ def _resumed(args: list[str]) -> tuple[list[str], Path | None, bool]:
     if not known.trust:
         for path in of_runs:
             trust.check_config(path)
-    return args, of_runs[-1].parent if of_runs else None, known.trust
+    given = [file for file in of_runs if str(file) in known.config] or of_runs
+    return args, given[-1].parent if given else None, known.trust
 
 
 def _chosen() -> str | None:
@@ -349,7 +358,7 @@ def _fit(args: list[str] | None) -> None:
     cli = build(args)
     trainer, checkpoint = cli.trainer, cli.checkpoint
     run = checkpoint.run if checkpoint else runs.run_folder(trainer)
-    progress = None
+    progress, undo = None, None
     if checkpoint is not None:
         state = checkpoints.load(checkpoint.state)
         progress = state["OffPolicyDataModule"]["progress"]
@@ -372,8 +381,8 @@ def _fit(args: list[str] | None) -> None:
             "those of another run do already; choose another",
         )
         if checkpoint is not None and progress is not None:
-            checkpoints.set_aside_after(checkpoint)  # first: with newer ones there, the curves must reach them
-            runs.cut_curves(run, progress["frames"], progress["evaluated"] == progress["frames"])
+            if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                undo = _go_back_to(checkpoint, progress)
             os.environ[CHOSEN] = str(checkpoint.path)
         at = f" from frame {checkpoint.order[0]}" if checkpoint else ""
         print(f"qsm-fit: {run}{at}\n{size}", flush=True)
@@ -381,7 +390,8 @@ def _fit(args: list[str] | None) -> None:
             print("compiling the update: a minute or so the first time, seconds when torch has kept it", flush=True)
     writer = cli.writer
     try:
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint.state if checkpoint else None, weights_only=True)
+        trainer.ckpt_path = checkpoint.state if checkpoint else None  # in this way it is known from the first hook on
+        trainer.fit(cli.model, cli.datamodule, weights_only=True)
     except (Interrupted, EnvironmentFault) as stop:
         last = (writer.last if writer else None) or checkpoint
         stop.checkpoint = last.path if last else None
@@ -392,13 +402,29 @@ def _fit(args: list[str] | None) -> None:
         told = TrainingFault(f"{fault}; {where}")
         told.agreed = fault.agreed
         raise told from fault
-    except MisconfigurationException as error:
+    except (MisconfigurationException, SettingError) as error:
+        if undo is not None and progress is not None and cli.datamodule.progress.frames <= progress["frames"]:
+            undo()  # nothing was trained
         raise SettingError(one_line(error)) from error
     finally:
         ignore_ctrl_c()
     if trainer.is_global_zero:
         print(closing_words(trainer, writer, checkpoint))
         held.close()
+
+
+def _go_back_to(checkpoint: Checkpoint, progress: dict[str, Any]) -> Callable[[], None]:
+    """Have a run's folder end at the checkpoint that it goes on from; what is returned takes that back."""
+    put_back = runs.remember(checkpoint.run)
+    aside = checkpoints.set_aside_after(checkpoint)  # first: with newer ones there, the curves must reach them
+    runs.cut_curves(checkpoint.run, progress["frames"], progress["evaluated"] == progress["frames"])
+
+    def undo() -> None:
+        put_back()
+        for path in aside:
+            path.rename(path.with_name(path.name.partition(".aside")[0]))
+
+    return undo
 
 
 def closing_words(trainer: Trainer, writer: cb.RunCheckpoint | None, begun_at: Checkpoint | None = None) -> str:
@@ -423,14 +449,15 @@ def closing_words(trainer: Trainer, writer: cb.RunCheckpoint | None, begun_at: C
     files = [str(c.path) for c in dict.fromkeys((writer.best, last)) if c is not None]
     run = shlex.quote(str(last.run))
     lines += [f"checkpoints: {', '.join(files)}", f"next: qsm-eval {run}"]
-    return "\n".join([*lines, f"      tensorboard --logdir {run}"] if trainer.loggers else lines)
+    board = any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers)
+    return "\n".join([*lines, f"      tensorboard --logdir {run}"] if board else lines)
 
 
 def stopped_by(trainer: Trainer) -> str:
     """What ended training before its last frame."""
-    if 0 < trainer.max_steps <= trainer.global_step:
+    if 0 <= trainer.max_steps <= trainer.global_step:
         return "trainer.max_steps"
-    if 0 < (trainer.max_epochs or 0) <= trainer.current_epoch:
+    if 0 <= (-1 if trainer.max_epochs is None else trainer.max_epochs) <= trainer.current_epoch:
         return "trainer.max_epochs"
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     left = [timer.time_remaining() for timer in callbacks if isinstance(timer, Timer)]

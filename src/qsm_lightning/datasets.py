@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import io
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def load(source: str, observation_dim: int, action_dim: int, timed: bool = False
     Raises:
         SettingError: when there is no such dataset, or it does not fit the environment.
     """
-    made_in = env
+    made_in, source = env, os.path.expanduser(source)
     if source.startswith(MINARI):
         frames, made_in = _minari(source.removeprefix(MINARI))
     elif Path(source).is_dir():

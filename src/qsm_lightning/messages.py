@@ -14,6 +14,8 @@ import qsm_lightning
 from qsm_lightning import losses
 from qsm_lightning.errors import SettingError, one_line, require
 
+GROUPS = {"trainer", "model", "data", "checkpoint", "metrics", "picture"}
+OPTIONS = {"resume", "trust", "print_config"}
 SHIPPED = Path(qsm_lightning.__file__).parent / "conf"
 
 
@@ -41,6 +43,16 @@ def shipped_config(value: str) -> str:
         isinstance(content, dict),
         f"--config is {value!r}: it must hold settings, such as 'data:' and 'model:'",
     )
+    for group in GROUPS & content.keys():
+        require(
+            isinstance(content[group], dict),
+            f"--config is {value!r}: {group} must hold settings, and is {content[group]!r}; give some, or leave it out",
+        )
+    for option in OPTIONS & content.keys():
+        require(
+            content[option] in (None, False),
+            f"--config is {value!r}: {option} is for the command line alone; leave it out there, and give --{option}",
+        )
     return str(path)
 
 
@@ -61,7 +73,10 @@ def sentence(message: str, known: list[str]) -> str:
         return f"{missing[1]} needs {missing[2]}: pip install '{missing[2]}'"
     if key == "model.loss" and ("import path" in text or "expects a function" in text):
         names = ", ".join(losses.ALGORITHMS)
-        return f"model.loss: there is no such loss; choose {names} on the command line, or a class_path such as QSM"
+        return (
+            f"model.loss: there is no such loss, or its init_args are empty; choose {names} on the command line, or a "
+            "class_path such as QSM"
+        )
     return _expected(key, one_line(text)) if key else one_line(text)
 
 
@@ -72,7 +87,7 @@ def _expected(key: str, text: str) -> str:
     text = re.sub(r"Not of type \w+: does not conform to restriction v([<>]=?\S+)", r"Expected a number \1", text)
     text = text.replace("Expected a Sequence", "Expected a list such as [256, 256]")
     wanted = re.findall(r"Expected an? (.+?)(?=\. Got value| - Expected| Given value|$)", text)
-    value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", text)
+    value = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value| - Expected|$)", text)
     if not wanted or value is None:
         return f"{key}: {text}"
     return f"{key} is {value[1]!r}: it must be {' or '.join(dict.fromkeys(wanted)).replace('NoneType', 'null')}"

@@ -13,7 +13,13 @@ from typing import Any, Literal, cast
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from pytorch_lightning.plugins import MixedPrecision
 from tensordict import TensorDictBase
 from torch import Tensor, nn
@@ -36,6 +42,9 @@ log = logging.getLogger(__name__)
 # Lightning's callbacks that cannot be used here, and what is there instead.
 AUTOMATIC = {
     StochasticWeightAveraging: "use model.ema",
+    WeightAveraging: "use model.ema",
+    BatchSizeFinder: "set data.batch_size",
+    LearningRateFinder: "set model.critic_lr and model.actor_lr",
     GradientAccumulationScheduler: "give data.batch_size all frames of an update",
 }
 EVALUATED = ("return", "return_std", "length")  # what is logged of an evaluation's episodes
@@ -86,6 +95,7 @@ class OffPolicyModule(LightningModule):
             isinstance(compile, bool) or compile == "auto", f"model.compile is {compile!r}: choose auto, true or false"
         )
         self.automatic_optimization = False
+        require(loss is not None, "model.loss is null: name an algorithm, such as qsm_lightning.losses.QSM")
         self.save_hyperparameters()
         self.hparams.pop("_instantiator", None)
         if not isinstance(self.hparams["loss"], dict):  # not made by a configuration

@@ -8,7 +8,7 @@ import hashlib
 import io
 import math
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,7 +26,12 @@ CHECKPOINTS, CONFIG, METRICS = "checkpoints", "config.yaml", "metrics.csv"
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The run's folder: the first logger's. Unlike ``trainer.log_dir`` it can be asked for on one rank alone."""
+    """The run's folder: that of the checkpoint that it goes on from, or the first logger's.
+
+    Unlike ``trainer.log_dir`` it can be asked for on one rank alone.
+    """
+    if trainer.ckpt_path:
+        return Path(trainer.ckpt_path).parent.parent.parent
     folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
     return Path(next(filter(None, folders), trainer.default_root_dir))
 
@@ -98,6 +103,26 @@ def hold(file: TextIO) -> bool:
     except OSError:
         pass  # a file system without locks
     return True
+
+
+def remember(run: Path) -> Callable[[], None]:
+    """Remember a run's settings and curves; what is returned puts them back as they were.
+
+    A resume that is refused while Lightning sets up has cut the curves by then, and begun files of its own.
+    """
+
+    def files() -> list[Path]:
+        found = [run / CONFIG, run / METRICS, run / "hparams.yaml", *run.glob("events.out.tfevents.*")]
+        return [path for path in found if path.is_file()]
+
+    before = {path: path.read_bytes() for path in files()}
+
+    def put_back() -> None:
+        for path in set(files()) - before.keys():
+            path.unlink()
+        durable.write_files(run, {path.name: content for path, content in before.items()})
+
+    return put_back
 
 
 def cut_curves(run: Path, frames: int, evaluated: bool) -> None:
