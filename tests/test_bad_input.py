@@ -25,6 +25,8 @@ FILES = {
     "nested.yaml": "model:\n  loss:\n    m_z: 3\n",
     "interpolated.yaml": "data:\n  env: ${oc.env:NO_SUCH_VARIABLE}\n",
     "stopping.yaml": "trainer: {callbacks: {class_path: EarlyStopping, init_args: {monitor: eval/retrun, mode: max}}}",
+    "monitorless.yaml": "trainer: {callbacks: [{class_path: EarlyStopping}]}",
+    "misspelled.yaml": "trainer: {callbacks: [{class_path: EarlyStoping, init_args: {monitor: eval/return}}]}",
     "lossless.yaml": "model: {loss: null}\n",
     "scalar.yaml": "data: 5\n",
     "empty.yaml": "data:\n",
@@ -117,6 +119,15 @@ CASES = {
         [*PENDULUM, "--model.actor_lr_decay_updates=1e6"],
         "model.actor_lr_decay_updates is '(1e6|1000000.0)': it must be int or null",
     ),
+    "a callback without what it needs": (
+        [*PENDULUM, "--config", "monitorless.yaml"],
+        "trainer.callbacks: pytorch_lightning.callbacks.EarlyStopping needs monitor; give it among its settings",
+    ),
+    "a callback that there is not": (
+        [*PENDULUM, "--config", "misspelled.yaml"],
+        "trainer.callbacks: there is no class EarlyStoping; give its path",
+    ),
+    "a logger without what it needs": ([*PENDULUM, "--trainer.logger=CSVLogger"], "CSVLogger needs save_dir"),
     "accumulated gradients, by a callback": (
         [*PENDULUM, "--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={0: 2}"],
         "GradientAccumulationScheduler.*data.batch_size",

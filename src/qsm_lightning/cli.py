@@ -31,7 +31,7 @@ from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, one_line, require
 from qsm_lightning.loggers import run_loggers
 from qsm_lightning.losses import ALGORITHMS, QSM
-from qsm_lightning.messages import ParserErrors, loss_settings, shipped_config
+from qsm_lightning.messages import ParserErrors, loss_settings, sentence, shipped_config
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.precision import check_precision
 from qsm_lightning.seeding import check_seed
@@ -166,8 +166,8 @@ class FitCLI(LightningCLI):
         if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
             self.held = runs.lock(resume.wanted(*place).run)  # before looking which is its newest
         self.checkpoint, passed_over = resume.whole(resume.wanted(*place))
-        for sentence in passed_over if rank_zero_only.rank == 0 else []:  # type: ignore[attr-defined]
-            log.warning(sentence)
+        for passed in passed_over if rank_zero_only.rank == 0 else []:  # type: ignore[attr-defined]
+            log.warning(passed)
 
     def identity(self) -> dict[str, Any]:
         """The settings that make the run what it is, dotted."""
@@ -265,7 +265,7 @@ def build(args: list[str] | None) -> FitCLI:
     except SettingError:
         raise
     except (MisconfigurationException, OmegaConfBaseException, ValueError, ImportError) as error:
-        raise SettingError(one_line(error)) from error
+        raise SettingError(sentence(str(error), [])) from error
     cli.trusted = trusted
     cli.datamodule.check_ranks(cli.trainer.world_size)
     cli.datamodule.check_loss(cli.model.loss)

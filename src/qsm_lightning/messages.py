@@ -68,15 +68,21 @@ def sentence(message: str, known: list[str]) -> str:
     if option is not None and "accept" in text:
         group = re.search(r"Group '([^']+)'", text)
         return _unknown(".".join(filter(None, [group[1] if group else key, option[1]])), known)
-    missing = re.search(r"class_path '([\w.]+)': Requirement '([^']+)' not met", text)
+    missing = re.search(r"class_path '([\w.]+)':\s*Requirement '([^']+)' not met", text)
     if missing is not None:
         return f"{missing[1]} needs {missing[2]}: pip install '{missing[2]}'"
+    needed = re.search(r"class_path '([\w.]+)':\s*the following arguments are required: ([^\n]+)", text)
+    if key and needed is not None:
+        return f"{key}: {needed[1]} needs {needed[2]}; give it among its settings (init_args)"
     if key == "model.loss" and ("import path" in text or "expects a function" in text):
         names = ", ".join(losses.ALGORITHMS)
         return (
             f"model.loss: there is no such loss, or its init_args are empty; choose {names} on the command line, or a "
             "class_path such as QSM"
         )
+    unknown_class = re.search(r"Expected a dot import path string: (\S+)", text)
+    if key and unknown_class is not None:
+        return f"{key}: there is no class {unknown_class[1]}; give its path, or the name of Lightning's own"
     return _expected(key, one_line(text)) if key else one_line(text)
 
 
