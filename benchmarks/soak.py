@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", default=SETTINGS, help="of qsm-fit, on top of its pendulum.yaml")
     options = parser.parse_args()
     settings = ["--config=pendulum", f"--data.total_frames={options.frames}", *options.settings]
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="soak-"))
+    folder = options.folder.resolve() if options.folder else Path(tempfile.mkdtemp(prefix="soak-"))
     result = soak(folder, settings, options.seconds)
     print(report(result, settings))
     save(options.json, result)

@@ -47,6 +47,8 @@ class EvaluationVideo(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         self._count += 1
         if self._count % self.every_evaluations or not trainer.is_global_zero:
             return

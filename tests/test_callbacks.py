@@ -339,7 +339,7 @@ def test_a_signal_in_a_video_leaves_it_for_the_checkpoint_that_follows(monkeypat
     data = SimpleNamespace(env_name="Pendulum-v1", stopping=SimpleNamespace(leave=None), surviving=lambda act, _: act())
     monkeypatch.setattr("qsm_lightning.callbacks.video.record_episode", episode)
     monkeypatch.setattr("qsm_lightning.callbacks.video.datamodule_of", lambda _: data)
-    trainer: Any = SimpleNamespace(is_global_zero=True)  # asked for a logger, it would fail
+    trainer: Any = SimpleNamespace(is_global_zero=True, sanity_checking=False)  # asked for a logger, it would fail
     cb.EvaluationVideo().on_validation_end(trainer, Mock(averaged_weights=nullcontext))
     assert episode.called
 
