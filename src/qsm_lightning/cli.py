@@ -204,7 +204,7 @@ class FitCLI(LightningCLI):
         for name, (unused, mend) in UNUSED.items():
             value = settings[name]
             same = any(value == other and type(value) is type(other) for other in unused)
-            require(same, f"trainer.{name} is {settings[name]}, which cannot be used: {mend}")
+            require(same, f"trainer.{name} is {value}, which cannot be used: {mend}")
         require(
             settings["accelerator"] not in ("gpu", "cuda") or torch.cuda.is_available(),
             f"trainer.accelerator is {settings['accelerator']!r}: there is no GPU here; use cpu or auto",

@@ -171,7 +171,8 @@ def label(results: list[Result]) -> list[str]:
             differing[algorithm] |= {k for k in keys if len({m.get(k) for m in members}) > 1}
     for result in results:
         told = sorted(differing[result.algorithm])
-        values = [f"{key.rpartition('.')[2]}={_short(result.settings.get(key))}" for key in told]
+        settings = BEFORE | result.settings
+        values = [f"{key.rpartition('.')[2]}={_short(settings.get(key))}" for key in told]
         names.append(" ".join([result.algorithm, *values]))
     return names
 
