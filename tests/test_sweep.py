@@ -198,7 +198,8 @@ def test_gpus_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_hang_up_that_nohup_ignores_stays_ignored() -> None:
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for signum in before:  # these tests may run in the background, where SIGINT is ignored
+            signal.signal(signum, signal.SIG_IGN if signum == signal.SIGHUP else signal.SIG_DFL)
         running = sweep.Sweep([], 1)
         running.run()
         seen = {signum: signal.getsignal(signum) for signum in before}

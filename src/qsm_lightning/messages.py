@@ -15,7 +15,7 @@ from qsm_lightning import losses
 from qsm_lightning.errors import SettingError, one_line, require
 
 GROUPS = {"trainer", "model", "data", "checkpoint", "metrics", "picture"}
-OPTIONS = {"resume", "trust", "print_config"}
+OPTIONS = {"resume", "print_config"}
 SHIPPED = Path(qsm_lightning.__file__).parent / "conf"
 
 
