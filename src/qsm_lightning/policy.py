@@ -9,7 +9,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from qsm_lightning.errors import TrainingFault, require
+from qsm_lightning.errors import TrainingFault, require_at_most, require_positive
 from qsm_lightning.sampler import Sampler
 
 
@@ -83,8 +83,8 @@ MOST_SAMPLES = 10_000  # memory grows with them
 
 def check_samples(n: int, setting: str) -> None:
     """Raise :class:`SettingError` that names ``setting`` unless there can be ``n`` samples of each observation."""
-    require(n > 0, f"{setting} is {n}: it must be greater than 0")
-    require(n <= MOST_SAMPLES, f"{setting} is {n}: it must be at most {MOST_SAMPLES}")
+    require_positive(**{setting: n})
+    require_at_most(MOST_SAMPLES, **{setting: n})
 
 
 class BestOfNPolicy(DiffusionPolicy):

@@ -69,9 +69,10 @@ def run(args: list[str] | None = None) -> None:
             f"RUNS has {text!r}: give a LABEL before the =, of more than points",
         )
         for folder in results.find(Path(path if equals else text)):
-            if (where := folder.resolve()) in seen and not equals:
-                continue  # of overlapping RUNS
-            seen |= set() if equals else {where}
+            if not equals:
+                if folder.resolve() in seen:
+                    continue  # of overlapping RUNS
+                seen.add(folder.resolve())
             result = results.read(folder, options.selector, options.force)
             if result is not None:
                 (named if equals else unnamed).append((label, result))
