@@ -36,7 +36,7 @@ check: .venv/.installed-dev  ## lint, format and types
 bench: .venv/.installed-dev  ## time of updates, actions and the whole loop on this machine; about an hour
 	$(PIP) --editable '.[bench]'
 	$(BIN)/python -m benchmarks.update --json docs/results/update.json
-	$(BIN)/python -m benchmarks.loop --json docs/results/loop.json
+	$(BIN)/python -m benchmarks.loop --json docs/results/loop_all.json
 	$(BIN)/python -m benchmarks.scaling --out docs/results/scaling
 
 format: .venv/.installed-dev  ## mend what ruff can mend

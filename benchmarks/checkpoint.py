@@ -35,6 +35,7 @@ from benchmarks.machine import described, machine
 from benchmarks.report import save, spread
 from qsm_lightning import checkpoints, durable
 from qsm_lightning.replay import FRAME_KEYS, Chunk, ReplayArchive, frame_bytes, make_replay_buffer
+from qsm_lightning.tables import markdown
 
 FILL_FRAMES = 20_000  # random frames that are written again and again to fill a buffer
 MANY_FRAMES, MANY_REPEATS = 100_000, 2  # above this many frames the whole content is written so many times only
@@ -226,19 +227,24 @@ def file_system(folder: Path) -> str:
 
 def table(rows: list[Row], new_bytes: int) -> str:
     """The measurements in markdown."""
-    lines = [
-        "| fill | MB new | checkpoint ms (median, min - max) | checkpoint MB written "
-        "| torch.save ms (median, min - max) | torch.save MB written | torch.save ms / checkpoint ms |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        ratio = statistics.median(row.whole_ms) / statistics.median(row.checkpoint_ms)
-        lines.append(
-            f"| {row.fill:,} | {new_bytes / MB:.1f} | {spread(row.checkpoint_ms, 0)} "
-            f"| {statistics.median(row.checkpoint_bytes) / MB:.1f} | {spread(row.whole_ms, 0)} "
-            f"| {statistics.median(row.whole_bytes) / MB:,.1f} | {ratio:,.1f} |"
-        )
-    return "\n".join(lines)
+    head = ["fill", "MB new"]
+    for way in ("checkpoint", "torch.save"):
+        head += [f"{way} ms (median, min - max)", f"{way} MB written"]
+    return markdown(
+        [*head, "torch.save ms / checkpoint ms"],
+        (
+            (
+                f"{row.fill:,}",
+                f"{new_bytes / MB:.1f}",
+                spread(row.checkpoint_ms, 0),
+                f"{statistics.median(row.checkpoint_bytes) / MB:.1f}",
+                spread(row.whole_ms, 0),
+                f"{statistics.median(row.whole_bytes) / MB:,.1f}",
+                f"{statistics.median(row.whole_ms) / statistics.median(row.checkpoint_ms):,.1f}",
+            )
+            for row in rows
+        ),
+    )
 
 
 def report(results: dict[str, Any], rows: list[Row]) -> str:

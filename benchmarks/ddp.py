@@ -40,11 +40,12 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.strategies import DDPStrategy
 
 from benchmarks.machine import described, machine
-from benchmarks.report import markdown, save, spread
+from benchmarks.report import save, spread
 from benchmarks.training import quiet_trainer
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.losses import QSM
 from qsm_lightning.module import OffPolicyModule
+from qsm_lightning.tables import markdown
 
 BURN_IN = 10  # updates that are not counted
 # way: processes, of a group that trains together, the strategy, and each process's part of threads and batch

@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import described, machine
-from benchmarks.report import first_calls, in_turn, markdown, quartiles, save, told
+from benchmarks.report import first_calls, in_turn, quartiles, save, told
 from qsm_lightning.compiled import compile_acting
 from qsm_lightning.exporting import exported
 from qsm_lightning.losses import QSM
 from qsm_lightning.policy import DiffusionPolicy
+from qsm_lightning.tables import markdown
 
 ACTION = 3
 WAYS = ["eager", "compiled", "torch-export", "torch-export, compiled", "onnxruntime"]

@@ -40,11 +40,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import described, machine
-from benchmarks.report import markdown, quartiles, save, told
+from benchmarks.report import quartiles, save, told
 from benchmarks.update import ACTION, Products, compiled_update, optimizers, plain_update, replay_batch
 from qsm_lightning.compiled import CompiledUpdate
 from qsm_lightning.gpu import Captured
 from qsm_lightning.losses import QSM
+from qsm_lightning.tables import markdown
 
 PRECISIONS = ["fp32", "tf32", "bf16"]
 SETTINGS = [(h, b, name) for b, name, h in product([256, 8192, 2048], PRECISIONS, [512, 256, 1024])]

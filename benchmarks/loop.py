@@ -41,7 +41,7 @@ from torch import Tensor
 
 from benchmarks.eager_port import Port
 from benchmarks.machine import described, machine
-from benchmarks.report import markdown, save, spread
+from benchmarks.report import save, spread
 from benchmarks.update import optimizers
 from qsm_lightning.callbacks import FrameProgress, TrainingMetrics
 from qsm_lightning.cli import fit
@@ -52,6 +52,7 @@ from qsm_lightning.losses import QSM
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.policy import Policy
 from qsm_lightning.replay import make_replay_buffer
+from qsm_lightning.tables import markdown
 
 WAYS = ["qsm", "bare", "eager", "env", "sac", "td3"]
 WARM_UP = 512  # frames before the first update

@@ -24,4 +24,6 @@ def main(run: str, out: str, states: int = 3) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(sys.argv[1], sys.argv[2])

@@ -51,11 +51,6 @@ def told(found: Sequence[float], digits: int) -> str:
     return f"{median:.{digits}f} ({low:.{digits}f} - {high:.{digits}f})"
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-
-
 def save(path: Path | None, results: dict[str, Any]) -> None:
     """Write results as JSON, if a file was named."""
     if path is not None:

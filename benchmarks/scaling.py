@@ -20,11 +20,12 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.machine import described, machine
-from benchmarks.report import first_calls, in_turn, markdown, quartiles, save, told
+from benchmarks.report import first_calls, in_turn, quartiles, save, told
 from benchmarks.update import ACTION, Products, compiled_update, plain_update, replay_batch
 from qsm_lightning.compiled import compile_acting
 from qsm_lightning.losses import QSM
 from qsm_lightning.replay import make_replay_buffer
+from qsm_lightning.tables import markdown
 
 matplotlib.use("Agg")
 AXES: dict[str, list[int]] = {

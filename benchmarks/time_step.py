@@ -16,7 +16,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from benchmarks.curves import read_curve
-from qsm_lightning.continuous import PREFIX, ContinuousTime
+from qsm_lightning.continuous import CONTINUOUS, ContinuousTime
 from qsm_lightning.envs import make_env
 
 matplotlib.use("Agg")
@@ -25,8 +25,8 @@ matplotlib.use("Agg")
 def read_run(folder: Path) -> tuple[str, float, float]:
     """A run's algorithm, its environment's time step in seconds, and that as a share of the usual one."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    time = ContinuousTime.parse(config["data"]["env"].removeprefix(f"{PREFIX}:"))
-    usual = round(make_env(f"{PREFIX}:{time.env}").rollout(1)["next", "time_step"].item(), 6)
+    time = ContinuousTime.parse(config["data"]["env"].removeprefix(f"{CONTINUOUS}:"))
+    usual = round(make_env(f"{CONTINUOUS}:{time.env}").rollout(1)["next", "time_step"].item(), 6)
     algorithm = config["model"]["loss"]["class_path"].rpartition(".")[2]
     return algorithm, usual * time.time_scale, time.time_scale
 

@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from torchrl.modules import TanhNormal
 
 from benchmarks.machine import described, machine
-from benchmarks.report import markdown, save
+from benchmarks.report import save
 from qsm_lightning import datasets
 from qsm_lightning.commands.trained import load
 from qsm_lightning.losses import QSM
 from qsm_lightning.losses.wrapped import WrappedLoss
 from qsm_lightning.networks import MLP
+from qsm_lightning.tables import markdown
 
 STATES, NEWEST, DRAWS, CLIMBS, BATCH = 256, 20_000, 16, 32, 256
 Act = Callable[[Tensor], Tensor]

@@ -32,9 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.eager_port import Port
 from benchmarks.machine import described, machine
-from benchmarks.report import first_calls, in_turn, markdown, quartiles, save, told
+from benchmarks.report import first_calls, in_turn, quartiles, save, told
 from qsm_lightning.compiled import CompiledUpdate, compile_acting
 from qsm_lightning.losses import ALGORITHMS, QSM, OffPolicyLoss
+from qsm_lightning.tables import markdown
 
 ACTION = 3
 OTHERS = {"qsm": {"m_q": "auto", "score_at": "denoised"}, "sac": {}, "td3": {}}

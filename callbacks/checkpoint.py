@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from qsm_lightning import checkpoints, durable
 from qsm_lightning.datamodule import datamodule_of
-from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, require
+from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, require_positive
 from qsm_lightning.losses.base import non_finite
-from qsm_lightning.runs import CHECKPOINTS
+from qsm_lightning.runs import CHECKPOINTS, begun_at
 
 RETRY_SECONDS = 60.0
 
@@ -36,11 +36,7 @@ class RunCheckpoint(Checkpoint):
     """
 
     def __init__(self, every_frames: int | None = None, keep_last: int = 2) -> None:
-        require(
-            every_frames is None or every_frames > 0,
-            f"checkpoint.every_frames is {every_frames}: it must be greater than 0, or null",
-        )
-        require(keep_last > 0, f"checkpoint.keep_last is {keep_last}: it must be greater than 0")
+        require_positive("checkpoint.", every_frames=every_frames, keep_last=keep_last)
         self.every_frames = every_frames
         self.keep_last = keep_last
         self.best_return: float | None = None
@@ -78,8 +74,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._training = True
         self.saved_at_frames = datamodule_of(trainer).progress.frames
-        if trainer.ckpt_path:
-            self.last = checkpoints.Checkpoint(Path(trainer.ckpt_path).parent)
+        self.last = begun_at(trainer)
 
     @override
     def on_train_batch_end(
@@ -163,8 +158,8 @@ class RunCheckpoint(Checkpoint):
 
     def _folder(self, trainer: Trainer) -> Path:
         """A resumed run goes on in the folder of the checkpoint it came from."""
-        if trainer.ckpt_path:
-            return Path(trainer.ckpt_path).parent.parent
+        if checkpoint := begun_at(trainer):
+            return checkpoint.path.parent
         return datamodule_of(trainer).run / CHECKPOINTS
 
     @override

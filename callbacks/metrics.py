@@ -9,9 +9,9 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from qsm_lightning.collect import RecentExperience
 from qsm_lightning.datamodule import datamodule_of
-from qsm_lightning.errors import require
+from qsm_lightning.errors import require_positive
+from qsm_lightning.progress import RecentExperience
 
 
 class TrainingMetrics(Callback):
@@ -27,7 +27,7 @@ class TrainingMetrics(Callback):
     """
 
     def __init__(self, every_frames: int = 1_000) -> None:
-        require(every_frames > 0, f"metrics.every_frames is {every_frames}: it must be greater than 0")
+        require_positive("metrics.", every_frames=every_frames)
         self.every_frames = every_frames
         self._logged_at = 0
         self._ended_at = 0

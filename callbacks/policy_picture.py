@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from qsm_lightning.datamodule import datamodule_of
-from qsm_lightning.errors import require, require_at_most
+from qsm_lightning.errors import require_at_most, require_not_negative, require_positive
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.policy import check_samples
 
@@ -40,12 +40,9 @@ class PolicyPicture(Callback):
     """
 
     def __init__(self, every_evaluations: int = 1, states: int = 3, samples: int = 200) -> None:
-        require(
-            every_evaluations >= 0,
-            f"picture.every_evaluations is {every_evaluations}: it must not be negative",
-        )
-        require(states > 0, f"picture.states is {states}: it must be greater than 0")
-        require_at_most(MOST_STATES, picture__states=states)
+        require_not_negative("picture.", every_evaluations=every_evaluations)
+        require_positive("picture.", states=states)
+        require_at_most(MOST_STATES, "picture.", states=states)
         check_samples(samples, "picture.samples")
         self.every_evaluations = every_evaluations
         self.states = states

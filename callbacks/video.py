@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from qsm_lightning.datamodule import datamodule_of
-from qsm_lightning.errors import Interrupted, require
+from qsm_lightning.errors import Interrupted, require_positive
 from qsm_lightning.recording import check_renderable, picture_strip, record_episode, write_video
 from qsm_lightning.runs import run_folder
 from qsm_lightning.seeding import check_seed
@@ -25,7 +25,7 @@ class EvaluationVideo(Callback):
 
     Args:
         every_evaluations: evaluations between two episodes.
-        max_frames: frames of the episode after which none is rendered any more.
+        max_frames: frames of the episode that are rendered at most.
         seed: seed of the episode's start and noise.
 
     Raises:
@@ -33,8 +33,7 @@ class EvaluationVideo(Callback):
     """
 
     def __init__(self, every_evaluations: int = 1, max_frames: int = 1_000, seed: int = 0) -> None:
-        require(every_evaluations > 0, f"every_evaluations is {every_evaluations}: it must be greater than 0")
-        require(max_frames > 0, f"max_frames is {max_frames}: it must be greater than 0")
+        require_positive(every_evaluations=every_evaluations, max_frames=max_frames)
         check_seed(seed, "seed")
         self.every_evaluations = every_evaluations
         self.max_frames = max_frames

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from qsm_lightning.compiled import why_not
+from qsm_lightning.compiled import missing_for_compiling
 from qsm_lightning.losses import QSM
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +54,7 @@ if GL is not None:  # read when dm_control is imported
     os.environ["MUJOCO_GL"] = GL
 needs_gl = pytest.mark.skipif(GL is None, reason="MuJoCo can render with neither egl nor osmesa here")
 needs_dmc = pytest.mark.skipif(not has("dm_control"), reason="the extra dmc is not installed")
-needs_compiler = pytest.mark.skipif(bool(why_not()), reason=why_not() or "it can")
+needs_compiler = pytest.mark.skipif(bool(missing_for_compiling()), reason=missing_for_compiling() or "it can")
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 needs_envpool = pytest.mark.skipif(not has("envpool"), reason="the extra envpool is not installed")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import signal
-from contextlib import nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +23,12 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from qsm_lightning import callbacks as cb
 from qsm_lightning.callbacks.policy_picture import draw_policy
 from qsm_lightning.checkpoints import complete
-from qsm_lightning.collect import Progress, RecentExperience
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.distributed import Ranks
 from qsm_lightning.envs import make_render_env
 from qsm_lightning.errors import Interrupted, SettingError, TrainingFault
 from qsm_lightning.losses import QSM
+from qsm_lightning.progress import Progress, RecentExperience
 from qsm_lightning.recording import check_video_path, picture_strip, record_episode, write_video
 from qsm_lightning.stopping import Stopping
 from tests.helpers import SHRINK, needs_dmc, needs_gl
@@ -61,15 +64,15 @@ def test_a_diverged_loss_stops_with_its_name_and_frame() -> None:
         guard.on_train_batch_end(trainer, Mock(metrics=metrics), None, None, 0)
 
 
-@pytest.mark.parametrize(("value", "saves"), [(1.0, 1), (float("nan"), 0)])
-def test_a_signal_saves_unless_training_diverged(value: float, saves: int, tmp_path: Path) -> None:
-    """Between two looks of the guard an update may have gone wrong."""
+@pytest.mark.parametrize(("value", "at_once", "saves"), [(1.0, False, 1), (math.nan, False, 0), (1.0, True, 0)])
+def test_a_signal_saves_unless_training_diverged(value: float, at_once: bool, saves: int, tmp_path: Path) -> None:
+    """Between two looks of the guard an update may have gone wrong. A second signal stops at once, without a save."""
     run, writer = Writing(tmp_path, 5), cb.RunCheckpoint()
     run.trainer.datamodule.started = True
     writer.on_train_start(run.trainer, Mock())
     module = Mock(metrics={"loss/qvalue": torch.tensor(2.0), "loss/actor": torch.tensor(value)})
-    with nullcontext() if saves else pytest.warns(UserWarning, match="training diverged .loss/actor"):
-        writer.on_exception(run.trainer, module, Interrupted(signal.SIGTERM))
+    with pytest.warns(UserWarning, match="training diverged .loss/actor") if math.isnan(value) else nullcontext():
+        writer.on_exception(run.trainer, module, Interrupted(signal.SIGINT, at_once=at_once))
     assert len(complete(run.folder)) == saves
 
 
@@ -171,6 +174,51 @@ def test_a_full_disk_costs_a_warning_and_another_attempt(tmp_path: Path, monkeyp
     batch_ends()
     batch_ends()
     assert [checkpoint.order[0] for checkpoint in complete(run.folder)] == [10, 20]
+    clock.now = 1000.0
+    batch_ends()
+    batch_ends()
+    assert [checkpoint.order for checkpoint in complete(run.folder)] == [(10, 0), (20, 0)], "once is enough"
+
+
+def test_a_save_that_was_asked_for_is_made_once(tmp_path: Path) -> None:
+    writer, run = cb.RunCheckpoint(), Writing(tmp_path)
+    writer.on_train_start(run.trainer, Mock())
+    stopping, progress = run.trainer.datamodule.stopping, run.trainer.datamodule.progress
+    stopping.save_wanted = True
+    for progress.frames in range(1, 4):
+        if progress.frames != 2:
+            stopping.agree()
+        writer.on_train_batch_end(run.trainer, Mock(), None, None, 0)
+    assert [checkpoint.order[0] for checkpoint in complete(run.folder)] == [1]
+
+
+def test_a_save_that_failed_is_tried_again_at_the_end(tmp_path: Path) -> None:
+    """Also where the frame has a checkpoint, of before the updates that came since."""
+    writer, run = cb.RunCheckpoint(), Writing(tmp_path)
+    writer.on_train_start(run.trainer, Mock())
+    run.evaluate(writer, -1)
+    good = run.write.side_effect
+    run.write.side_effect = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.warns(UserWarning, match="trying again"):
+        writer.save(run.trainer)
+    run.write.side_effect = good
+    writer.on_train_end(run.trainer, Mock())
+    assert [checkpoint.order for checkpoint in complete(run.folder)] == [(10, 0), (10, 1)]
+
+
+def test_a_checkpoint_counts_though_older_ones_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thin_out = Mock(side_effect=OSError(errno.EROFS, "Read-only file system"))
+    monkeypatch.setattr("qsm_lightning.checkpoints.thin_out", thin_out)
+    writer, run = cb.RunCheckpoint(), Writing(tmp_path)
+    writer.on_train_start(run.trainer, Mock())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.evaluate(writer, -1)
+        writer.on_train_end(run.trainer, Mock())
+    assert thin_out.called
+    assert [checkpoint.order for checkpoint in complete(run.folder)] == [(10, 0)], "nothing is owed"
 
 
 def test_the_time_left_is_that_of_frames_with_updates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,13 +234,46 @@ def test_the_time_left_is_that_of_frames_with_updates(monkeypatch: pytest.Monkey
     assert left == ["0:00:15", "0:00:50", "0:00:28"]
 
 
+def test_lines_are_printed_every_so_many_seconds_with_trainings_own_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between evaluations, whose time is not training's."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("qsm_lightning.callbacks.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
+    trainer, bar = stand_in(), cb.FrameProgress(line_seconds=10)
+    trainer.callback_metrics = {"eval/return": torch.tensor(-3.0)}
+    progress = trainer.datamodule.progress
+
+    def printed_after(now: float, frames: int) -> str:
+        clock.now, progress.frames, progress.updates = now, frames, 2 * frames
+        bar.on_train_batch_end(trainer, Mock(), None, None, 0)
+        return capsys.readouterr().out
+
+    bar.on_train_start(trainer, Mock())
+    assert printed_after(9.9, 990) == ""
+    assert "frames 1000/10000 frames/s 100 updates/s 200" in printed_after(10, 1000)
+    assert printed_after(14, 1400) == ""
+    bar.on_validation_start(trainer, Mock())
+    clock.now = 100
+    bar.on_validation_end(trainer, Mock())
+    assert "frames 1400/10000 return -3.0 frames/s 100 updates/s 200" in capsys.readouterr().out
+    assert printed_after(109.9, 2390) == ""
+    assert "frames 2400/10000 return -3.0 frames/s 100 updates/s 200" in printed_after(110, 2400)
+
+
+def metered(**settings: Any) -> tuple[Mock, Mock]:
+    """A trainer and a module of which TrainingMetrics can write a row."""
+    recent = RecentExperience([3.0, 5.0], [10, 20], frames=100, at_bounds=25.0)
+    trainer = stand_in(0, buffer=[0] * 7, take_recent=Mock(return_value=recent), **settings)
+    trainer.optimizers = [Mock(param_groups=[{"lr": 0.1}]), Mock(param_groups=[{"lr": 0.2}])]
+    module = Mock(metrics={"loss/qvalue": torch.tensor(2.5)}, loss=SimpleNamespace(terms=("qvalue", "actor")))
+    return trainer, module
+
+
 def test_metrics_are_written_every_so_many_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 10.0, 10.0])
     monkeypatch.setattr("qsm_lightning.callbacks.metrics.time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    recent = RecentExperience([3.0, 5.0], [10, 20], frames=100, at_bounds=25.0)
-    trainer = stand_in(0, buffer=[0] * 7, take_recent=Mock(return_value=recent))
-    trainer.optimizers = [Mock(param_groups=[{"lr": 0.1}]), Mock(param_groups=[{"lr": 0.2}])]
-    module = Mock(metrics={"loss/qvalue": torch.tensor(2.5)}, loss=SimpleNamespace(terms=("qvalue", "actor")))
+    trainer, module = metered()
     callback = cb.TrainingMetrics(every_frames=100)
     callback.on_train_start(trainer, module)
     progress = trainer.datamodule.progress
@@ -218,6 +299,41 @@ def test_metrics_are_written_every_so_many_frames(monkeypatch: pytest.MonkeyPatc
     }
 
 
+def test_the_time_of_evaluations_does_not_slow_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("qsm_lightning.callbacks.metrics.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    trainer, module = metered()
+    callback = cb.TrainingMetrics(every_frames=100)
+    callback.on_train_start(trainer, module)
+    for begins, ends in ((3, 20), (22, 30)):
+        clock.now = begins
+        callback.on_validation_start(trainer, module)
+        clock.now = ends
+        callback.on_validation_end(trainer, module)
+    clock.now = 35
+    trainer.datamodule.progress.frames, trainer.datamodule.progress.updates = 100, 50
+    callback.on_train_batch_end(trainer, module, None, None, 0)
+    (metrics,), _ = trainer.loggers[0].log_metrics.call_args
+    assert (metrics["speed/frames_per_s"], metrics["speed/updates_per_s"]) == (10, 5), "in 3 + 2 + 5 seconds"
+
+
+def test_metrics_are_those_of_all_ranks() -> None:
+    """Counts are their sums, losses their means, and episodes are put together."""
+    other = {
+        "recent": {"returns": [10.0], "lengths": [30], "frames": 100, "at_bounds": 0.0, "staleness": []},
+        **{"buffer_size": 13, "episodes": 5, "losses": {"loss/qvalue": 0.5}},
+    }
+    trainer, module = metered(ranks=SimpleNamespace(gather=lambda mine: [mine, other]))
+    trainer.datamodule.progress.frames, trainer.datamodule.progress.episodes = 200, 2
+    callback = cb.TrainingMetrics(every_frames=200)
+    callback.on_train_start(trainer, module)
+    callback.on_train_batch_end(trainer, module, None, None, 0)
+    (metrics,), _ = trainer.loggers[0].log_metrics.call_args
+    expected = {"episodes": 7, "buffer_size": 20, "return": 6.0, "length": 20.0, "actions_at_bounds": 0.125}
+    assert {key: metrics[f"train/{key}"] for key in expected} == expected
+    assert metrics["loss/qvalue"] == 1.5
+
+
 @pytest.mark.parametrize("action_dim", [1, 2, 4])
 def test_the_picture_has_a_panel_per_state_and_pair(action_dim: int) -> None:
     torch.manual_seed(0)
@@ -232,6 +348,51 @@ def test_the_picture_has_a_panel_per_state_and_pair(action_dim: int) -> None:
         points = np.asarray(panels[0].collections[-1].get_offsets())
         assert 1 <= len(points) <= 50
         assert np.abs(points).max() <= 1
+
+
+def test_the_picture_shows_the_mean_of_the_critics() -> None:
+    torch.manual_seed(0)
+    loss = SMALL(3, 1)
+    state = torch.randn(1, 3)
+    (curve,) = draw_policy(loss, state, samples=5).axes[0].get_lines()
+    x, y = np.asarray(curve.get_xydata()).T
+    with torch.no_grad():
+        one, other = loss.critics(state.expand(len(x), -1), torch.as_tensor(x, dtype=torch.float32)[:, None]).numpy()
+    assert np.abs(one - other).min() > 1e-3
+    np.testing.assert_allclose(y, (one + other) / 2, rtol=1e-4, atol=1e-6)
+
+
+class Averages:
+    """Stands for a module's ``averaged_weights``, and tells whether one is within it."""
+
+    within = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.within = True
+        yield
+        self.within = False
+
+
+def test_pictures_and_videos_are_of_the_averaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = stand_in(5, buffer=[0], env_name="Pendulum-v1", surviving=lambda act, mend: act())
+    trainer.loggers, trainer.ckpt_path, trainer.default_root_dir = [TensorBoardLogger(str(tmp_path))], None, tmp_path
+    seen: list[bool] = []
+    averages = Averages()
+
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        seen.append(averages.within)
+        return np.zeros((1, 8, 8, 3), np.uint8), 0.0
+
+    monkeypatch.setattr("qsm_lightning.callbacks.policy_picture.draw_policy", drawn)
+    monkeypatch.setattr("qsm_lightning.callbacks.video.record_episode", drawn)
+    trainer.loggers[0].experiment.add_figure = Mock()
+    picture = cb.PolicyPicture()
+    picture.load_state_dict({"count": 0, "observations": torch.zeros(1, 3)})
+    for callback in (picture, cb.EvaluationVideo()):
+        callback.on_validation_end(trainer, Mock(averaged_weights=averages))
+    assert seen == [True, True]
+    assert not averages.within
 
 
 def test_the_picture_of_a_finished_run(tmp_path: Path) -> None:
@@ -259,7 +420,10 @@ def test_the_picture_is_written_to_tensorboard_with_frames_as_the_step(tmp_path:
     restored = cb.PolicyPicture(every_evaluations=2)
     restored.load_state_dict(callback.state_dict())
     assert torch.equal(restored._observations, callback._observations)  # type: ignore[arg-type]
-    assert cb.PolicyPicture(0).on_validation_end(trainer, Mock(loss=loss)) is None
+    none = cb.PolicyPicture(0)
+    for _ in range(3):
+        none.on_validation_end(trainer, Mock(loss=loss, averaged_weights=nullcontext))
+    assert add.call_count == 2
 
 
 def test_no_picture_is_drawn_before_there_are_states(tmp_path: Path) -> None:

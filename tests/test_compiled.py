@@ -243,7 +243,7 @@ def test_a_loss_that_does_not_say_it_is_fit_is_not_compiled(tmp_path: Path) -> N
 def test_a_scalar_in_float64_is_not_compiled(tmp_path: Path) -> None:
     """SAC's entropy coefficient: it would stay where it is."""
     long = OffPolicyDataModule("Pendulum-v1", total_frames=1_000_000)
-    for precision, compiles in (("32-true", bool(not compiled.why_not())), ("64-true", False)):
+    for precision, compiles in (("32-true", bool(not compiled.missing_for_compiling())), ("64-true", False)):
         trainer = quiet_trainer(tmp_path, accelerator="cpu", precision=precision)
         assert OffPolicyModule(3, 1, partial(SAC, hidden=(16,))).compiles(trainer, long) is compiles
     with pytest.raises(SettingError, match="loses the gradient of a scalar in float64, and SAC learns one; use auto"):

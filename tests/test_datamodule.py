@@ -6,22 +6,26 @@ import math
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from benchmarks.training import quiet_trainer
 from pytorch_lightning import Callback, Trainer
 from tensordict import TensorDict
 
-from qsm_lightning.collect import Progress, RecentExperience
+from qsm_lightning import datamodule, datasets
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM
 from qsm_lightning.module import OffPolicyModule
+from qsm_lightning.progress import Progress, RecentExperience
 from qsm_lightning.replay import FRAME_KEYS
+from qsm_lightning.seeding import Purpose
 from tests.compare import curves, differences, rows, state
-from tests.helpers import SHRINK
+from tests.helpers import SHRINK, replay_batch
 from tests.processes import trained
 
 CLOCK = "tests.fake_envs:Clock-v0"
@@ -103,6 +107,83 @@ def test_training_batches_end_at_evaluations(settings: dict[str, Any], ends: lis
     assert batches.ends == ends
 
 
+@pytest.mark.parametrize("rounds_per_batch", [1, 10])
+def test_no_training_batch_of_a_long_period_is_counted_twice(rounds_per_batch: int) -> None:
+    settings = {"total_frames": 10_000_000, "eval_every_frames": 3_000_000, "rounds_per_batch": rounds_per_batch}
+    data = OffPolicyDataModule(CLOCK, **settings)  # type: ignore[arg-type]
+    assert len(data.train_dataloader()) == 3_000_000 / rounds_per_batch
+
+
+def test_training_batches_end_where_a_callback_looks() -> None:
+    """With the first round that reaches a multiple of 10; 60 is the end of the period as well."""
+    data = OffPolicyDataModule(CLOCK, num_envs=3, eval_every_frames=60, rounds_per_batch=1000)
+    data.end_batches_every(10)
+    rounds = np.arange(1, 21)
+    assert (3 * rounds[data._end_batch(rounds)]).tolist() == [12, 21, 30, 42, 51, 60]
+    assert len(data.train_dataloader()) == 6
+
+
+@pytest.mark.parametrize(
+    ("processes", "env_timeout", "rank_timeout", "expected"),
+    [(True, 50.0, 45.0, 60.0), (True, 50.0, 90.0, 90.0), (False, 50.0, 45.0, 45.0)],
+)
+def test_an_environment_that_hangs_is_found_before_its_rank(
+    processes: bool, env_timeout: float, rank_timeout: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = datamodule.make_env
+    monkeypatch.setattr(datamodule, "make_env", lambda name, count, **_: make(name, count))  # no processes needed
+    data = OffPolicyDataModule(CLOCK, env_processes=processes, env_timeout=env_timeout, rank_timeout=rank_timeout)
+    assert data.rank_timeout == expected
+
+
+def test_every_random_stream_of_a_run_is_another() -> None:
+    """Also of one that goes on later, or with environments built anew."""
+    data = OffPolicyDataModule(CLOCK)
+    seeds = []
+    for frames in (0, 50):
+        for restarts in (0, 1):
+            data.progress = Progress(frames=frames, env_restarts=restarts)
+            seeds += [data._seed(purpose, *worker) for purpose in Purpose for worker in ((), (0,), (1,))]
+    assert len(set(seeds)) == len(seeds) == 4 * 3 * len(Purpose)
+
+
+def test_buffer_and_dataset_are_sampled_by_streams_of_their_own(tmp_path: Path) -> None:
+    datasets.save_npz(tmp_path / "data.npz", replay_batch(30, 2, 1))
+    _, data = train(tmp_path, dataset=str(tmp_path / "data.npz"), total_frames=21)
+    assert data.experience.offline is not None
+    assert data.buffer._rng.initial_seed() != data.experience.offline._rng.initial_seed()
+
+
+class Asked(Exception):
+    """Its argument is what workers were asked for."""
+
+
+class NoWorkers:
+    """In place of workers: there is no need of any."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        raise Asked(settings)
+
+
+def test_what_workers_are_asked_for_counts_over_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two workers of three environments on each of two ranks; the warm-up is 60 frames, of which 24 are done."""
+    monkeypatch.setattr(datamodule, "Workers", NoWorkers)
+    data = OffPolicyDataModule(CLOCK, 3, 6, 1000, 60, 8, utd=0.5, collector="processes", collector_workers=2)
+    module = OffPolicyModule(2, 1, partial(QSM, hidden=(8,), time_dim=4, T=2))
+    with pytest.raises(Asked) as asked:
+        quiet_trainer(tmp_path).fit(module, data)
+    assert asked.value.args[0]["init_random_frames"] == 60
+    assert data.buffer.copies == 6, "frames of an environment are that far apart"
+    data.trainer = cast(Any, SimpleNamespace(lightning_module=module))
+    data.ranks.count = 2
+    for frames, left in ((24, 18), (60, 0), (300, 0)):
+        data.progress.frames = frames
+        with pytest.raises(Asked) as asked:
+            data._start_workers()
+        found = [asked.value.args[0][name] for name in ("init_random_frames", "updates_per_chunk", "max_staleness")]
+        assert found == [left, 6, 6], "a chunk of each rank's 6 frames, half an update for each"
+
+
 def test_no_update_is_lost_to_rounding() -> None:
     """0.29 * 100 is 28.999... in floating point; the count is 29."""
     progress = Progress(frames=100)
@@ -114,6 +195,21 @@ def test_no_update_is_lost_to_rounding() -> None:
         progress.updates = done
         assert owed in (0, 1)
     assert done == 100
+
+
+@pytest.mark.parametrize("utd", [0.3, 1, 3])
+def test_after_a_refill_updates_go_on_at_their_rate(utd: float) -> None:
+    """None for as many frames as the warm-up; then what further frames are worth, and less than one frame's more."""
+    warm_up = 7
+    for stopped in range(warm_up, 40):
+        progress = Progress(frames=stopped)
+        progress.updates = progress.updates_owed(utd, warm_up)
+        progress.refill(utd)
+        for further in range(30):
+            progress.frames = stopped + further
+            worth = Fraction(str(utd)) * max(0, further - warm_up)
+            most = worth + Fraction(str(utd)) if further > warm_up else Fraction(1)
+            assert math.floor(worth) <= progress.updates_owed(utd, warm_up) < most
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
@@ -184,6 +280,10 @@ def test_recent_experience_counts_episodes_and_bounds() -> None:
     assert recent.metrics() == {}, "no share of no frames"
     assert recent.add(chunk) == 2
     assert recent.metrics() == {"actions_at_bounds": 0.5, "return": 4.0, "length": 15.0}
+
+
+def test_the_age_of_weights_is_told_by_its_mean_and_its_maximum() -> None:
+    assert RecentExperience(staleness=[1, 6, 2]).metrics() == {"staleness": 3.0, "staleness_max": 6}
 
 
 @pytest.mark.parametrize(

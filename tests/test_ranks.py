@@ -19,8 +19,8 @@ from benchmarks.checkpoint import random_frames
 from tensordict import TensorDict
 
 from qsm_lightning import checkpoints
-from qsm_lightning.collect import Progress, RecentExperience
 from qsm_lightning.distributed import Ranks
+from qsm_lightning.progress import Progress, RecentExperience
 from qsm_lightning.replay import ReplayArchive, make_replay_buffer
 from qsm_lightning.sharding import adopt, part_of_frames
 from qsm_lightning.watch import Watch
@@ -29,6 +29,7 @@ from tests.faulty_envs import NAME, plan
 from tests.helpers import SHRINK, replay_batch
 from tests.processes import RankedRun, Run, fit_ranks
 from tests.ranked import frames_of
+from tests.test_replay import frames as numbered
 
 TINY = [
     *("--config=pendulum", *SHRINK, "--data.total_frames=96", "--data.eval_every_frames=32"),
@@ -215,17 +216,23 @@ def test_a_failed_environment_of_one_rank_stops_all_with_a_checkpoint(tmp_path: 
 
 @pytest.mark.parametrize(
     ("order", "status"),
-    [({"at": "reset", "age": 0, "rank": 1}, "nothing was saved"), ({"where": "video", "age": 3, "rank": 0}, "saved")],
+    [
+        ({"at": "reset", "age": 0, "rank": 1}, "; nothing was saved"),
+        ({"where": "video", "age": 3, "rank": 0}, "; the run's last state is in "),  # of before the evaluation
+    ],
 )
 def test_a_fault_elsewhere_on_one_rank_is_said_at_once(order: dict[str, Any], status: str, tmp_path: Path) -> None:
     """In the first reset, which all ranks do, and in what the first rank does alone."""
     plan(tmp_path, "raise", **order)
     video = ["--trainer.callbacks+=qsm_lightning.callbacks.EvaluationVideo", "--trainer.callbacks.max_frames=20"]
-    run = RankedRun(tmp_path, 2, *FAULTY, *(video if order.get("where") == "video" else []))
+    settings = [*FAULTY, "--checkpoint.every_frames=16", *(video if order.get("where") == "video" else [])]
+    run = RankedRun(tmp_path, 2, *settings)
     began = time.monotonic()
     assert run.wait() == [3, 3], run.text
     assert time.monotonic() - began < 40
-    assert "(ValueError: the robot fell over)" in run.text
+    said = [line for line in run.text.splitlines() if "(ValueError: the robot fell over)" in line]
+    assert said
+    assert all(status in line for line in said), run.text
 
 
 @pytest.mark.parametrize("lost", [1, 2])
@@ -328,6 +335,22 @@ def test_frames_are_shared_out_without_loss(before: int, after: int, tmp_path: P
     assert torch.equal(frames_of(found), frames_of(kept))
 
 
+@pytest.mark.parametrize("after", [1, 3])
+def test_frames_are_shared_out_oldest_first(after: int, tmp_path: Path) -> None:
+    """Over all ranks, by when they were written: in this order the ring will lose them."""
+    saved = []
+    for rank in range(2):
+        buffer, archive = make_replay_buffer(30), ReplayArchive(tmp_path, rank)
+        for first in (0, 10, 20):
+            buffer.extend(numbered(first, first + 10))
+            archive.save(buffer)
+        saved.append({"replay": [astuple(chunk) for chunk in archive.chunks], "written": 30, "capacity": 30})
+    for rank in range(after):
+        pieces, _ = part_of_frames(saved, tmp_path, _ranks(rank, after), 0)
+        tens = [int(number // 10) for number in TensorDict.cat(list(pieces))["observation"]]
+        assert tens == sorted(tens)
+
+
 def test_updates_left_undone_are_cut_anew() -> None:
     whole = replay_batch(24).reshape(2, 12)
     saved = [
@@ -342,16 +365,22 @@ def test_updates_left_undone_are_cut_anew() -> None:
 
 def test_counts_go_to_the_ranks_that_there_are() -> None:
     ranks = [
-        {"owed": None, "recent": {"returns": [float(r)], "lengths": [3], "frames": 5, "at_bounds": 0.5}}
+        {
+            **{"owed": None, "envs": r, "generators": r, "sampler": r, "offline_sampler": r},
+            "recent": {"returns": [float(r)], "lengths": [3], "frames": 5, "at_bounds": 0.5, "staleness": [r]},
+        }
         for r in range(5)
     ]
-    saved = [one | {"progress": {"frames": 50, "episodes": r, "env_restarts": 1}} for r, one in enumerate(ranks)]
+    saved = [one | {"progress": {"frames": 50, "episodes": r, "env_restarts": r}} for r, one in enumerate(ranks)]
     now = [adopt(saved, _ranks(rank, 2)) for rank in range(2)]
     assert [one["progress"]["episodes"] for one in now] == [0 + 2 + 4, 1 + 3]
+    assert [one["progress"]["env_restarts"] for one in now] == [4, 3], "each rank may have as many"
     assert [one["recent"]["returns"] for one in now] == [[0.0, 2.0, 4.0], [1.0, 3.0]]
+    assert [one["recent"]["staleness"] for one in now] == [[0, 2, 4], [1, 3]]
     more = [adopt(saved, _ranks(rank, 7)) for rank in range(7)]
     assert [one["progress"]["episodes"] for one in more] == [0, 1, 2, 3, 4, 0, 0]
-    assert more[6]["envs"] is more[6]["generators"] is more[6]["sampler"] is None
+    for own in ("envs", "generators", "sampler", "offline_sampler"):
+        assert [one[own] for one in more] == [0, 1, 2, 3, 4, None, None], "a new rank begins its own"
 
 
 def _ranks(rank: int, count: int) -> Ranks:

@@ -59,9 +59,10 @@ def test_every_combination_of_what_varies() -> None:
 
 
 def test_the_plan_has_each_seed_of_all_before_the_next(tmp_path: Path) -> None:
-    jobs, at_once = plan([*TINY, "--vary", "model.loss=qsm,td3", "--seeds=0-1", "--jobs=3", f"--out={tmp_path}"])
+    jobs, at_once, out = plan([*TINY, "--vary", "model.loss=qsm,td3", "--seeds=0-1", "--jobs=3", f"--out={tmp_path}"])
     assert [job.label for job in jobs] == ["loss=qsm/seed=0", "loss=td3/seed=0", "loss=qsm/seed=1", "loss=td3/seed=1"]
-    assert (at_once, jobs[0].total_frames, jobs[0].folder) == (3, 60, tmp_path / "loss=qsm" / "seed=0")
+    assert (at_once, out) == (3, tmp_path)
+    assert (jobs[0].total_frames, jobs[0].folder) == (60, tmp_path / "loss=qsm" / "seed=0")
     assert not any(tmp_path.iterdir()), "planning writes nothing"
 
 
@@ -127,7 +128,7 @@ def test_an_interrupted_sweep_goes_on_to_what_it_would_have_been(tmp_path: Path)
     for seed in (0, 1):
         fit(tmp_path, *TINY, "--data.total_frames=120", "--checkpoint.every_frames=10", f"--seed_everything={seed}")
         assert_same(tmp_path / f"all/seed={seed}/version_0", tmp_path / f"runs/Pendulum-v1/version_{seed}")
-    jobs, _ = plan([*args, f"--out={tmp_path / 'all'}"])
+    jobs, *_ = plan([*args, f"--out={tmp_path / 'all'}"])
     assert {job.state for job in jobs} == {"complete"}
     other = Run(tmp_path, *args, "--model.loss=sac", name="qsm-sweep")
     assert other.wait() == 2
@@ -183,7 +184,7 @@ def test_the_gpus_there_are(visible: str | None, count: int, names: list[str], m
 
 def test_gpus_are_dealt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs side by side have a GPU each, in turn; a run that chooses its devices sees all."""
-    jobs, _ = plan([*TINY, "--variant=one=", "--variant=own=--trainer.devices 1", "--seeds=0-1", f"--out={tmp_path}"])
+    jobs, *_ = plan([*TINY, "--variant=one=", "--variant=own=--trainer.devices 1", "--seeds=0-1", f"--out={tmp_path}"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("signal.signal", lambda *_: None)
@@ -268,7 +269,7 @@ def test_the_table_of_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_run_that_cannot_begin_is_one_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    (job,), _ = plan([*TINY, f"--out={tmp_path}"])
+    (job,), *_ = plan([*TINY, f"--out={tmp_path}"])
     job.log.mkdir(parents=True)
     with pytest.raises(TrainingFault, match="1 of 1 runs failed"):
         sweep.Sweep([job], 1).run()
@@ -277,7 +278,7 @@ def test_a_run_that_cannot_begin_is_one_that_failed(tmp_path: Path, monkeypatch:
 
 def test_a_run_that_another_sweep_trains_is_left_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    (job,), _ = plan([*TINY, f"--out={tmp_path}"])
+    (job,), *_ = plan([*TINY, f"--out={tmp_path}"])
     job.folder.mkdir()
     with job.log.open("a") as log, subprocess.Popen(["sleep", "60"], stdout=log) as theirs:
         assert runs.hold(log)
@@ -330,7 +331,7 @@ def test_settings_reach_every_run(tmp_path: Path) -> None:
     again = plan(
         [*TINY, "--variant=small=--model.actor_lr 0.001 --data.utd 0.5", "--seeds=3", f"--out={run.parents[2]}"]
     )
-    (job,), _ = again
+    (job,), *_ = again
     assert job.state == "complete"
     assert f"--ckpt_path={run}/checkpoints/000000060" in sweep.command(job)
 

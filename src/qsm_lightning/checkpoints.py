@@ -18,7 +18,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -157,10 +157,18 @@ def newest_good(
         up_to: look at this one and older ones only.
         replay: also at the files of replay frames.
     """
+    return first_whole([c for c in reversed(complete(folder)) if up_to is None or c.order <= up_to.order], replay)
+
+
+def first_whole(candidates: Iterable[Checkpoint], replay: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The first of ``candidates`` whose every file is as it was written, and what is wrong with those before it.
+
+    Args:
+        candidates: in the order of preference.
+        replay: look at the files of replay frames, too.
+    """
     faults = []
-    for checkpoint in reversed(complete(folder)):
-        if up_to is not None and checkpoint.order > up_to.order:
-            continue
+    for checkpoint in candidates:
         try:
             checkpoint.verify(replay)
         except DamagedError as fault:

@@ -28,7 +28,7 @@ from qsm_lightning import checkpoints, durable, launching, resources, resume, ru
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.commands.base import ignore_ctrl_c, run_command
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
-from qsm_lightning.errors import EnvironmentFault, Interrupted, SettingError, TrainingFault, one_line, require
+from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, one_line, require
 from qsm_lightning.loggers import run_loggers
 from qsm_lightning.losses import ALGORITHMS, QSM
 from qsm_lightning.messages import ParserErrors, loss_settings, sentence, shipped_config
@@ -50,6 +50,7 @@ UNUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # an int is not a share
     "barebones": ((False,), "it takes loggers and checkpoints away; set trainer.logger and the like to false"),
 }
 
+OF_LOSS = ("--model.loss", "--model.loss.help")  # options that name an algorithm
 CHOSEN = "QSM_CHECKPOINT"  # tells processes that this one starts which checkpoint they go on from
 
 EPILOG = """
@@ -275,14 +276,14 @@ def build(args: list[str] | None) -> FitCLI:
 
 
 def _with_class_of_loss(args: list[str]) -> list[str]:
-    """The arguments with ``--model.loss sac`` as a class path."""
+    """The arguments with ``--model.loss sac``, and ``--model.loss.help sac``, as a class path."""
     named = {name: f"qsm_lightning.losses.{cls.__name__}" for name, cls in ALGORITHMS.items()}
     found: list[str] = []
     for arg in args:
         option, _, name = arg.partition("=")
-        if option == "--model.loss" and name in named:
+        if option in OF_LOSS and name in named:
             arg = f"{option}={named[name]}"
-        elif found and found[-1] == "--model.loss":
+        elif found and found[-1] in OF_LOSS:
             arg = named.get(arg, arg)
         found.append(arg)
     return found
@@ -358,19 +359,8 @@ def _fit(args: list[str] | None) -> None:
     cli = build(args)
     trainer, checkpoint = cli.trainer, cli.checkpoint
     run = checkpoint.run if checkpoint else runs.run_folder(trainer)
-    progress, undo = None, None
-    if checkpoint is not None:
-        state = checkpoints.load(checkpoint.state)
-        progress = state["OffPolicyDataModule"]["progress"]
-        if not cli.trusted:
-            trust.check_state(state, checkpoint.state)
-        resume.check_settings(checkpoint, state, cli.identity())
-        resume.check_frames(checkpoint, state, cli.datamodule.total_frames)
-        resume.check_time(trainer, state)
-        cli.datamodule.check_dataset(state["OffPolicyDataModule"])
-        if trainer.is_global_zero and (other := resume.other_versions(checkpoint)):
-            log.warning("%s was made with %s: what follows may differ in the last bits", checkpoint.path, other)
-        del state
+    progress = _checked_progress(cli, checkpoint) if checkpoint is not None else None
+    undo = None
     if trainer.local_rank == 0:
         size = cli.buffer_report(run)
     if trainer.is_global_zero:
@@ -392,16 +382,10 @@ def _fit(args: list[str] | None) -> None:
     try:
         trainer.ckpt_path = checkpoint.state if checkpoint else None  # in this way it is known from the first hook on
         trainer.fit(cli.model, cli.datamodule, weights_only=True)
-    except (Interrupted, EnvironmentFault) as stop:
+    except (Interrupted, TrainingFault) as stop:
         last = (writer.last if writer else None) or checkpoint
         stop.checkpoint = last.path if last else None
         raise
-    except TrainingFault as fault:
-        last = (writer.last if writer else None) or checkpoint
-        where = f"the last good checkpoint is {last.path}" if last else "there is no checkpoint yet"
-        told = TrainingFault(f"{fault}; {where}")
-        told.agreed = fault.agreed
-        raise told from fault
     except (MisconfigurationException, SettingError) as error:
         if undo is not None and progress is not None and cli.datamodule.progress.frames <= progress["frames"]:
             undo()  # nothing was trained
@@ -411,6 +395,25 @@ def _fit(args: list[str] | None) -> None:
     if trainer.is_global_zero:
         print(closing_words(trainer, writer, checkpoint))
         held.close()
+
+
+def _checked_progress(cli: FitCLI, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The counters of the checkpoint that a run goes on from, after what can be said of it before anything is changed.
+
+    Raises:
+        SettingError: when training cannot go on from it with these settings, or it is not trusted.
+    """
+    state = checkpoints.load(checkpoint.state)
+    data = state["OffPolicyDataModule"]
+    if not cli.trusted:
+        trust.check_state(state, checkpoint.state)
+    resume.check_settings(checkpoint, state, cli.identity())
+    resume.check_frames(checkpoint, state, cli.datamodule.total_frames)
+    resume.check_time(cli.trainer, state)
+    cli.datamodule.check_dataset(data)
+    if cli.trainer.is_global_zero and (other := resume.other_versions(checkpoint)):
+        log.warning("%s was made with %s: what follows may differ in the last bits", checkpoint.path, other)
+    return data["progress"]
 
 
 def _go_back_to(checkpoint: Checkpoint, progress: dict[str, Any]) -> Callable[[], None]:

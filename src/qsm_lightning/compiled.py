@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim import Adam
 from torch.utils._triton import has_triton
 
+from qsm_lightning.errors import first_line
 from qsm_lightning.losses import OffPolicyLoss
 from qsm_lightning.policy import Policy
 
@@ -32,7 +33,7 @@ Due = tuple[str, ...]  # what an update steps: terms, and targets
 WORTHWHILE_UPDATES = 20_000  # compiling costs as long as some 5,000 updates save
 
 
-def why_not(device: torch.device = CPU) -> str:
+def missing_for_compiling(device: torch.device = CPU) -> str:
     """What this machine lacks to compile an update on a device; empty when it lacks nothing."""
     if not can_trace_gradients():
         return f"torch {torch.__version__} cannot compile a whole update"
@@ -101,11 +102,6 @@ def compile_acting(policy: Policy, device: torch.device = CPU) -> None:
     policy.act = act  # type: ignore[method-assign]
 
 
-def first_line(error: BaseException) -> str:
-    """What torch says before it goes into details."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def can_trace_gradients() -> bool:
     """Whether this torch compiles a backward pass with what comes after it."""
     return hasattr(torch._dynamo.config, "trace_autograd_ops")
@@ -150,7 +146,7 @@ class CompiledAdam:
             square.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             p.sub_(self.rate * mean / (square.sqrt() / self.root + self.group["eps"]))
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Let the optimizer count its steps again."""
         self._write_steps(None)
         self.before, self.done = self.before + self.done, 0
@@ -213,10 +209,10 @@ class CompiledUpdate:
             adam.done += 1
         return out
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Hand the optimizers back: the plain update goes on with them."""
         for adam in self.adams.values():
-            adam.leave()
+            adam.release()
 
     def _update(self, due: Due, batch: TensorDictBase) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}

@@ -24,7 +24,7 @@ from torchrl.envs import EnvBase, Transform
 
 from qsm_lightning.errors import SettingError, require
 
-PREFIX = "continuous"
+CONTINUOUS = "continuous"
 LEAST, MOST = 1e-6, 1e6  # of options
 TIME_STEP = "time_step"
 TERMINAL_REWARD = "terminal_reward"

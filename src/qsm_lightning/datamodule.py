@@ -20,8 +20,7 @@ from torchrl._utils import seed_generator
 from torchrl.envs import EnvBase
 
 from qsm_lightning import datasets, durable, launching, runs, sharding
-from qsm_lightning.checkpoints import Checkpoint
-from qsm_lightning.collect import GymCollector, Progress, RecentExperience, as_written, make_collector
+from qsm_lightning.collect import GymCollector, make_collector
 from qsm_lightning.compiled import compile_acting
 from qsm_lightning.continuous import TIME_STEP
 from qsm_lightning.distributed import Ranks
@@ -45,6 +44,7 @@ from qsm_lightning.losses.base import non_finite
 from qsm_lightning.plain import generators_state, load_generators_state
 from qsm_lightning.policy import Policy, check_samples
 from qsm_lightning.precision import full_precision_on
+from qsm_lightning.progress import Progress, RecentExperience, exact_fraction
 from qsm_lightning.replay import FrameBuffer, Storage
 from qsm_lightning.seeding import Purpose, derive_seed, global_seed
 from qsm_lightning.stopping import Stopping
@@ -166,25 +166,23 @@ class OffPolicyDataModule(LightningDataModule):
         rounds_per_batch: int | None = None,
     ) -> None:
         super().__init__()
-        settings = {
-            "num_envs": num_envs,
-            "total_frames": total_frames,
-            "batch_size": batch_size,
-            "buffer_size": buffer_size,
-            "utd": utd,
-            "eval_every_frames": eval_every_frames,
-            "eval_episodes": eval_episodes,
-            "env_timeout": env_timeout,
-            "rank_timeout": rank_timeout,
-            "collector_workers": collector_workers,
-            "rounds_per_batch": 1 if rounds_per_batch is None else rounds_per_batch,
-        }
-        require_positive(**{f"data__{name}": value for name, value in settings.items()})
+        require_positive(
+            "data.",
+            num_envs=num_envs,
+            total_frames=total_frames,
+            batch_size=batch_size,
+            buffer_size=buffer_size,
+            utd=utd,
+            eval_every_frames=eval_every_frames,
+            eval_episodes=eval_episodes,
+            env_timeout=env_timeout,
+            rank_timeout=rank_timeout,
+            collector_workers=collector_workers,
+            rounds_per_batch=rounds_per_batch,
+        )
+        require_not_negative("data.", env_restarts=env_restarts, collector_max_staleness=collector_max_staleness)
         require_at_most(
-            MOST_COPIES,
-            data__num_envs=num_envs,
-            data__eval_episodes=eval_episodes,
-            data__collector_workers=collector_workers,
+            MOST_COPIES, "data.", num_envs=num_envs, eval_episodes=eval_episodes, collector_workers=collector_workers
         )
         check_samples(eval_candidates, "data.eval_candidates")
         envs, envs_named = num_envs, f"data.num_envs ({num_envs})"
@@ -212,9 +210,6 @@ class OffPolicyDataModule(LightningDataModule):
         require(
             buffer_size >= batch_size,
             f"data.buffer_size is {buffer_size}: it must be at least data.batch_size ({batch_size})",
-        )
-        require_not_negative(
-            data__env_restarts=env_restarts, data__collector_max_staleness=collector_max_staleness or 0
         )
         require(
             collector == "local" or not env_processes,
@@ -341,11 +336,8 @@ class OffPolicyDataModule(LightningDataModule):
 
     def check_loss(self, loss: OffPolicyLoss) -> None:
         """Raise :class:`SettingError` unless ``loss`` has the policy that is to be evaluated, and suits the env."""
-        wanted = self.eval_selectors
-        require(
-            bool(self.selectors_of(loss)),
-            f"data.eval_selector is {wanted[0]}: {type(loss).__name__} has {' and '.join(loss.selectors)}",
-        )
+        if not self.selectors_of(loss):
+            loss.check_selector(self.eval_selectors[0], "data.eval_selector")
         loss.check_env(self.env)
 
     def check_dataset(self, state_dict: dict[str, Any]) -> None:
@@ -403,7 +395,7 @@ class OffPolicyDataModule(LightningDataModule):
     def _start_workers(self) -> None:
         """Collect by workers; the environment made here only told its dimensions."""
         _close(self.env)
-        updates_per_chunk = math.ceil(as_written(self.utd) * self.frames_per_batch * self.ranks.count)
+        updates_per_chunk = math.ceil(exact_fraction(self.utd) * self.frames_per_batch * self.ranks.count)
         staleness = self.collector_max_staleness
         workers = Workers(
             cast(Any, self.collector_kind),
@@ -592,7 +584,7 @@ class OffPolicyDataModule(LightningDataModule):
         return {s: {k: torch.cat([part[s][k] for part in parts]) for k in parts[0][s]} for s in parts[0]}
 
     def selectors_of(self, loss: OffPolicyLoss) -> list[str]:
-        """Those wanted of an evaluation that ``loss`` has."""
+        """The selectors of ``data.eval_selector`` that ``loss`` has."""
         return [selector for selector in self.eval_selectors if selector in loss.selectors]
 
     def check_stop(self, rest: Callable[[], list[TensorDictBase]] | None = None) -> None:
@@ -615,7 +607,12 @@ class OffPolicyDataModule(LightningDataModule):
     # Environments that fail.
 
     def surviving(self, act: Callable[[], T], mend: Callable[[], None]) -> T:
-        """``act``, and again after ``mend`` as long as ``data.env_restarts`` allows, when an environment fails."""
+        """What ``act`` gives; where an environment fails, ``mend`` and again, as often as ``data.env_restarts`` allows.
+
+        Raises:
+            EnvironmentFault: when it fails once more than that.
+            TrainingFault: when training has diverged.
+        """
         while True:
             try:
                 return act()
@@ -698,7 +695,9 @@ class OffPolicyDataModule(LightningDataModule):
         self.recent = RecentExperience(**mine["recent"])
         if mine["replay"] is None:
             self._refill()
-        self.experience.load(mine, saved, self._saved_frames)
+        checkpoint = runs.begun_at(self.trainer)
+        assert checkpoint is not None
+        self.experience.load(mine, saved, checkpoint.replay)
         self._load_envs(mine)
         if mine["owed"] is not None:
             updates, count = mine["owed"]
@@ -715,11 +714,6 @@ class OffPolicyDataModule(LightningDataModule):
             *(len(saved), self.ranks.count, len(saved)),
         )
         return sharding.adopt(saved, self.ranks)
-
-    @property
-    def _saved_frames(self) -> Path:
-        assert self.trainer is not None
-        return Checkpoint(Path(cast(str, self.trainer.ckpt_path)).parent).replay
 
     def _say(self, message: str, *values: object) -> None:
         """Warn of what is so on all ranks, once."""

@@ -21,7 +21,7 @@ from qsm_lightning import checkpoints, durable, runs
 from qsm_lightning.checkpoints import Checkpoint
 from qsm_lightning.continuous import TIME_STEP
 from qsm_lightning.errors import SettingError, one_line, require, require_package
-from qsm_lightning.replay import FRAME_KEYS, TIME_STEP_KEY, Chunk, ReplayArchive, frame_keys
+from qsm_lightning.replay import FRAME_KEYS, TIME_STEP_KEY, ReplayArchive, frame_keys, kept_chunks
 
 Arrays = Mapping[str, np.ndarray]
 MINARI = "minari:"
@@ -136,7 +136,7 @@ def from_d4rl(arrays: Arrays, source: str = "dataset") -> TensorDict:
     )
     for name in ("terminals", "timeouts"):
         require(
-            bool(np.isin(arrays.get(name, 0), (0, 1)).all()),
+            np.isin(arrays.get(name, 0), (0, 1)).all(),
             f"data.dataset is {source!r}: {name} has other values than 0 and 1; say of each transition whether it "
             "ended so",
         )
@@ -234,7 +234,7 @@ def _minari(name: str) -> tuple[TensorDict, str]:
         pieces.append(
             _frames(observation[:-1], action, np.asarray(episode.rewards)[:, None], observation[1:], terminated, done)
         )
-    require(bool(pieces), f"data.dataset is 'minari:{name}': it has no transitions; choose another")
+    require(pieces, f"data.dataset is 'minari:{name}': it has no transitions; choose another")
     spec = dataset.env_spec
     return TensorDict.cat(pieces), "" if spec is None else spec.id
 
@@ -271,7 +271,7 @@ def _replay(folder: Path) -> tuple[TensorDict, str]:
     saved = [Checkpoint(folder)] if (folder / checkpoints.MANIFEST).is_file() else []
     saved = saved or checkpoints.complete(folder / runs.CHECKPOINTS)
     require(
-        bool(saved),
+        saved,
         f"data.dataset is {str(folder)!r}: it is neither a run with a checkpoint nor a checkpoint's folder; "
         "choose another",
     )
@@ -284,14 +284,12 @@ def _replay(folder: Path) -> tuple[TensorDict, str]:
     state = checkpoints.load(saved[-1].state)
     ranks = state["OffPolicyDataModule"]["ranks"]
     settings = state["datamodule_hyper_parameters"]
-    share = -(-settings["buffer_size"] // len(ranks))  # where a rank does not tell its own
-    pieces = []
-    for number, rank in enumerate(ranks):
-        oldest = max(0, rank["written"] - rank.get("capacity", share))
-        for chunk in (Chunk(*fields) for fields in rank["replay"] or []):
-            pieces.append(ReplayArchive(saved[-1].replay, number).read(chunk)[max(0, oldest - chunk.first) :])
+    pieces = [
+        ReplayArchive(saved[-1].replay, rank).read(chunk)[lost:]
+        for rank, chunk, lost in kept_chunks(ranks, settings["buffer_size"])
+    ]
     require(
-        bool(pieces),
+        pieces,
         f"data.dataset is {str(folder)!r}: its replay buffer was not saved (data.save_buffer); choose another",
     )
     return TensorDict.cat(pieces), settings["env"]

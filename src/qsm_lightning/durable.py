@@ -45,12 +45,17 @@ def check_folder(folder: Path, setting: str, given: Path | None = None) -> None:
     """
     told = f"{setting} is {str(given or folder)!r}"
     with writing(given or folder, setting):  # a name may be too long to be looked for
-        existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        existing = nearest_existing(folder)
         longest = os.pathconf(existing, "PC_NAME_MAX")
     writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     require(writable, f"{told}: {existing} cannot be written; choose another folder")
     names = (len(os.fsencode(part)) for part in folder.parts)
     require(max(names, default=0) <= longest, f"{told}: a name in it is too long; choose a shorter one")
+
+
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next(path for path in (folder, *folder.resolve().parents) if path.exists())
 
 
 @contextlib.contextmanager
@@ -93,17 +98,11 @@ def sync(path: Path) -> None:
 
 def record_of_file(path: Path) -> Record:
     """The size and hash of the file that is there."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-    return Record(bytes=path.stat().st_size, sha256=digest.hexdigest())
-
-
-def _digest(file: Any) -> Any:
-    """``hashlib.file_digest`` of Python 3.11, for 3.10."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return Record(bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
 def packed(content: Any) -> bytes:

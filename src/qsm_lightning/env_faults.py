@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tensordict import TensorDictBase
 from torchrl.envs import EnvBase, ParallelEnv
 
-from qsm_lightning.errors import EnvironmentFault
+from qsm_lightning.errors import EnvironmentFault, one_line
 from qsm_lightning.watch import beat
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class Guarded:
 
     def _fault(self, error: BaseException) -> EnvironmentFault:
         said = str(error) if isinstance(error, EnvironmentFault) else f"{type(error).__name__}: {error}"
-        return EnvironmentFault(f"the environment {self.source} failed ({' '.join(said.split())})")
+        return EnvironmentFault(f"the environment {self.source} failed ({one_line(said)})")
 
     def _check(self, out: TensorDictBase) -> None:
         for key, spec in self.full_observation_spec.items(True, True):  # type: ignore[attr-defined]
@@ -131,7 +131,7 @@ class ProcessEnv(ParallelEnv):
             return report.read_text()
         if "time limit" in str(error):
             return f"the environment {self._source} did not answer within data.env_timeout ({self._step_timeout:g} s)"
-        return f"a process of the environment {self._source} died ({' '.join(str(error).split()) or 'it hung up'})"
+        return f"a process of the environment {self._source} died ({one_line(error) or 'it hung up'})"
 
 
 def belong_to_parent() -> None:

@@ -41,7 +41,7 @@ def env_states(env: EnvBase) -> list[dict[str, Any]]:
     Raises:
         NoStateError: where a copy's state is out of reach or of unknown kind.
     """
-    return [_get(single) for single in _copies(env)]
+    return [_get(single) for single in copies(env)]
 
 
 def load_env_states(env: EnvBase, states: list[dict[str, Any]]) -> None:
@@ -50,11 +50,12 @@ def load_env_states(env: EnvBase, states: list[dict[str, Any]]) -> None:
     Raises:
         NoStateError: where a copy cannot take a state.
     """
-    for single, state in zip(_copies(env), states, strict=True):
+    for single, state in zip(copies(env), states, strict=True):
         _set(single, state)
 
 
-def _copies(env: EnvBase) -> list[EnvBase]:
+def copies(env: EnvBase) -> list[EnvBase]:
+    """The single environments in one of :func:`~qsm_lightning.envs.make_env`."""
     base = env.base_env
     return list(base._envs) if isinstance(base, SerialEnv) else [base]
 

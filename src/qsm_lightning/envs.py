@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -39,7 +39,7 @@ from torchrl.envs import (
 
 from qsm_lightning import toy  # noqa: F401  # registers its environment
 from qsm_lightning.continuous import (
-    PREFIX,
+    CONTINUOUS,
     TERMINAL_REWARD,
     TIME_STEP,
     ContinuousTime,
@@ -49,6 +49,7 @@ from qsm_lightning.continuous import (
     time_gym,
 )
 from qsm_lightning.env_faults import Guarded, ProcessEnv
+from qsm_lightning.env_state import copies
 from qsm_lightning.errors import EnvironmentFault, SettingError, one_line, require, require_package
 from qsm_lightning.theory import lq_env  # noqa: F401  # registers its environment
 from qsm_lightning.watch import beat
@@ -104,7 +105,7 @@ def make_env(name: str, num_envs: int = 1, processes: bool = False, timeout: flo
 def in_continuous_time(name: str) -> tuple[str, ContinuousTime | None]:
     """An environment's own name, and what is asked of its time."""
     source, _, rest = name.partition(":")
-    if source != PREFIX:
+    if source != CONTINUOUS:
         return name, None
     time = ContinuousTime.parse(rest)
     require(
@@ -135,6 +136,22 @@ def _transforms(env: EnvBase, time: ContinuousTime | None) -> list[Transform]:
     return [*transforms, RewardSum(), StepCounter()]
 
 
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Which of ``known`` may be meant, as a question; empty where none is like ``name``."""
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {prefix}{near[0]}?" if near and near[0] != name else ""
+
+
+def _checked_actions(name: str, space: gym.Space[Any]) -> gym.spaces.Box:
+    if not isinstance(space, gym.spaces.Box):
+        raise SettingError(
+            f"data.env is {name!r}: its actions are {space}, and a diffusion policy needs a continuous Box action "
+            "space; choose an environment with continuous actions, such as Pendulum-v1"
+        )
+    _check_bounds(name, space.low, space.high)
+    return space
+
+
 def _check_bounds(name: str, low: np.ndarray, high: np.ndarray) -> None:
     require(
         low.ndim == 1 and low.size > 0,
@@ -147,12 +164,12 @@ def _check_bounds(name: str, low: np.ndarray, high: np.ndarray) -> None:
         "them in a gymnasium.ActionWrapper",
     )
     require(
-        bool(np.isfinite(low).all() and np.isfinite(high).all()),
+        np.isfinite(low).all() and np.isfinite(high).all(),
         f"data.env is {name!r}: its actions are unbounded, and only bounded ones can be scaled to [-1, 1]; "
         "wrap it in gymnasium.wrappers.ClipAction or choose another environment",
     )
     require(
-        bool((low < high).all()),
+        (low < high).all(),
         f"data.env is {name!r}: component {np.argmin(low < high)} of its actions has one value alone; leave it out "
         "in a gymnasium.ActionWrapper",
     )
@@ -163,16 +180,9 @@ def make_gym(name: str, **kwargs: Any) -> gym.Env:
     try:
         env = gym.make(name, disable_env_checker=True, **kwargs)
     except Exception as error:  # its constructor may raise anything
-        near = difflib.get_close_matches(name, gym.registry, 1)
-        hint = f"did you mean {near[0]}?" if near and near[0] != name else "see gymnasium.registry for the known ids"
+        hint = _nearest(name, gym.registry) or "see gymnasium.registry for the known ids"
         raise SettingError(f"data.env is {name!r}: gymnasium cannot make it ({one_line(error)}); {hint}") from error
-    space = env.action_space
-    if not isinstance(space, gym.spaces.Box):
-        raise SettingError(
-            f"data.env is {name!r}: its actions are {space}, and a diffusion policy needs a continuous Box action "
-            "space; choose an environment with continuous actions, such as Pendulum-v1"
-        )
-    _check_bounds(name, space.low, space.high)
+    space = _checked_actions(name, env.action_space)
     if (
         not isinstance(env.observation_space, gym.spaces.Box)
         or env.observation_space.shape is None
@@ -237,9 +247,8 @@ class GuardedGymWrapper(Guarded, GymWrapper):
 
 def gym_copies(env: EnvBase) -> list[GuardedGymWrapper] | None:
     """The copies in an environment of :func:`make_env` that are gymnasium's and in this process; None for others."""
-    base = env.base_env
-    copies = list(base._envs) if isinstance(base, SerialEnv) else [base]
-    return copies if all(type(copy) is GuardedGymWrapper for copy in copies) else None
+    found = copies(env)
+    return found if all(type(copy) is GuardedGymWrapper for copy in found) else None
 
 
 class GuardedTimedGymWrapper(Guarded, Timed, GymWrapper):
@@ -288,8 +297,7 @@ def _dmc_env(source: str, task: str, time: ContinuousTime | None = None) -> EnvB
     domain, _, task = task.partition("/")
     known = [f"dmc:{d}/{t}" for d, t in suite.ALL_TASKS]
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else "write it as dmc:domain/task, such as dmc:cartpole/swingup"
+        hint = _nearest(name, known) or "write it as dmc:domain/task, such as dmc:cartpole/swingup"
         raise SettingError(f"data.env is {name!r}: dm_control has no such task; {hint}")
     env: EnvBase
     if time is None:
@@ -323,17 +331,10 @@ class EnvpoolTask(EnvBase):
         self._task = task
         known = self._envpool.list_all_envs()
         if task not in known:
-            near = difflib.get_close_matches(task, known, 1)
-            hint = f"did you mean envpool:{near[0]}?" if near else "see envpool.list_all_envs()"
+            hint = _nearest(task, known, "envpool:") or "see envpool.list_all_envs()"
             raise SettingError(f"data.env is {name!r}: envpool has no such environment; {hint}")
         self._set_seed(0)
-        space = self._env.action_space
-        require(
-            isinstance(space, gym.spaces.Box),
-            f"data.env is {name!r}: its actions are {space}, and a diffusion policy needs a continuous "
-            "Box action space; choose an environment with continuous actions, such as envpool:Pendulum-v1",
-        )
-        _check_bounds(name, space.low, space.high)
+        space = _checked_actions(name, self._env.action_space)
         self._mid, self._half = (space.high + space.low) / 2, (space.high - space.low) / 2
         width = self._observation(self._env.reset()[0]).shape[-1]
         self.observation_spec = Composite(observation=Unbounded((num_envs, width)), shape=(num_envs,))

@@ -16,16 +16,15 @@ class SettingError(ValueError):
 class TrainingFault(RuntimeError):
     """Training cannot go on: NaN or inf in a loss or an action, a failed environment (exit status 3).
 
-    ``agreed`` means that all processes of the run end with it.
+    ``agreed`` means that all processes of the run end with it, and ``checkpoint`` is the last one written before it.
     """
 
     agreed = False
+    checkpoint: Path | None = None
 
 
 class EnvironmentFault(TrainingFault):
     """An environment failed. The learner's state is sound: ``checkpoint`` is where it was written, if anywhere."""
-
-    checkpoint: Path | None = None
 
 
 class Interrupted(BaseException):
@@ -59,30 +58,43 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split()).rstrip(".")
 
 
-def require(condition: bool, message: str) -> None:
+def first_line(error: BaseException) -> str:
+    """What an error says before it goes into details, without its final stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def require(condition: object, message: str) -> None:
     """Raise :class:`SettingError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise SettingError(message)
 
 
-def require_positive(**settings: float) -> None:
-    """Raise :class:`SettingError` for the first of ``settings`` that is not above zero and finite."""
+def require_positive(prefix: str = "", /, **settings: float | None) -> None:
+    """Raise :class:`SettingError` for the first of ``settings`` that is neither None nor above zero and finite.
+
+    Args:
+        prefix: what stands before their names where they are set, such as ``data.`` or ``--``.
+        **settings: their values.
+    """
     for name, value in settings.items():
-        require(value > 0, f"{name.replace('__', '.')} is {value}: it must be greater than 0")
-        require(value < math.inf, f"{name.replace('__', '.')} is {value}: it must be finite")
+        if value is not None:
+            require(value > 0, f"{prefix}{name} is {value}: it must be greater than 0")
+            require(value < math.inf, f"{prefix}{name} is {value}: it must be finite")
 
 
-def require_not_negative(**settings: float) -> None:
-    """Raise :class:`SettingError` for the first of ``settings`` that is below zero or not finite."""
+def require_not_negative(prefix: str = "", /, **settings: float | None) -> None:
+    """As :func:`require_positive`, with 0 allowed."""
     for name, value in settings.items():
-        require(value >= 0, f"{name.replace('__', '.')} is {value}: it must not be negative")
-        require(value < math.inf, f"{name.replace('__', '.')} is {value}: it must be finite")
+        if value is not None:
+            require(value >= 0, f"{prefix}{name} is {value}: it must not be negative")
+            require(value < math.inf, f"{prefix}{name} is {value}: it must be finite")
 
 
-def require_at_most(most: float, **settings: float) -> None:
-    """Raise :class:`SettingError` for the first of ``settings`` that is above ``most``."""
+def require_at_most(most: float, prefix: str = "", /, **settings: float | None) -> None:
+    """Raise :class:`SettingError` for the first of ``settings`` that is neither None nor at most ``most``."""
     for name, value in settings.items():
-        require(value <= most, f"{name.replace('__', '.')} is {value}: it must be at most {most}")
+        if value is not None:
+            require(value <= most, f"{prefix}{name} is {value}: it must be at most {most}")
 
 
 def require_package(module: str, extra: str, what: str) -> None:

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from qsm_lightning.compiled import first_line
-from qsm_lightning.errors import SettingError, require
+from qsm_lightning.errors import SettingError, first_line, require
 from qsm_lightning.policy import DiffusionPolicy, Policy
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
@@ -185,7 +184,7 @@ def reader(file_format: str, content: bytes) -> tuple[str, Callable[[Inputs], Te
 
 @torch.no_grad()
 def largest_difference(policy: Policy, observation_dim: int, act: Callable[[Inputs], Tensor]) -> float:
-    """Of ``act``'s actions from the policy's in float64, on random inputs of several batch sizes.
+    """The largest difference of ``act``'s actions to the policy's in float64, on random inputs of several batch sizes.
 
     Raises:
         SettingError: when one differs by more than 1e-5 and more than rounding explains.
@@ -198,7 +197,7 @@ def largest_difference(policy: Policy, observation_dim: int, act: Callable[[Inpu
             exact, rounding = exact_action(policy, inputs)
             difference = (act(inputs) - exact).abs()
             require(
-                bool((difference <= rounding.clamp(min=TOLERANCE)).all()),
+                (difference <= rounding.clamp(min=TOLERANCE)).all(),
                 f"the file would act otherwise than PyTorch (up to {difference.max().item():.1e}) and was not written: "
                 "try another --format, or other versions of torch, onnxscript and onnxruntime",
             )

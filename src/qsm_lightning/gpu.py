@@ -1,4 +1,4 @@
-"""What compiled functions have besides on a GPU: fewer kernels, and one call that starts them all.
+"""Compiled functions on a GPU: fewer kernels, and one call, the replay of a CUDA graph, that starts them all.
 
 A small update is a hundred and more products and fused loops of a few microseconds each.
 """

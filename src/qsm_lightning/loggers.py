@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import os
 import shutil
 import warnings
@@ -17,6 +16,7 @@ from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 from typing_extensions import override
 
 from qsm_lightning import durable
+from qsm_lightning.tables import csv_text
 
 
 def run_loggers(folder: Path | None, root: Path, name: str) -> list[Any]:
@@ -30,7 +30,7 @@ def run_loggers(folder: Path | None, root: Path, name: str) -> list[Any]:
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """TensorBoard's event files. While the disk is full nothing is written; then a new file is begun."""
+    """TensorBoard's event files. Nothing is written while the disk is full; after a failed write a new one is begun."""
 
     _full = False
 
@@ -58,8 +58,7 @@ class RunTensorBoardLogger(TensorBoardLogger):
 
 def _has_room(folder: Path) -> bool:
     """Whether a few more megabytes fit where ``folder`` is or will be."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    return shutil.disk_usage(existing).free > 4 * 2**20
+    return shutil.disk_usage(durable.nearest_existing(folder)).free > 4 * 2**20
 
 
 def _failed(writer: Any) -> bool:
@@ -99,13 +98,13 @@ class _Writer(ExperimentWriter):
     def save(self) -> None:
         """Append the rows since the last call; on a full disk they wait for the next."""
         path, columns = Path(self.metrics_file_path), list(self.metrics_keys)
-        size = path.stat().st_size if path.is_file() else 0
+        self._whole = path.stat().st_size if path.is_file() else 0  # bytes of whole rows
         try:
             super().save()
         except OSError as error:
             self.metrics_keys = columns
             with contextlib.suppress(OSError):
-                os.truncate(path, size)  # half a row would spoil the file
+                os.truncate(path, self._whole)  # half a row would spoil the file
             warnings.warn(f"{self.metrics_file_path} could not be written ({error}): trying again", stacklevel=2)
 
     @override
@@ -113,8 +112,6 @@ class _Writer(ExperimentWriter):
         path = Path(self.metrics_file_path)
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, fieldnames)
-        writer.writeheader()
-        writer.writerows(rows)
-        durable.write_file(path, text.getvalue().encode())
+        text = csv_text(fieldnames, ([row.get(name, "") for name in fieldnames] for row in rows))
+        durable.write_file(path, text.encode())
+        self._whole = path.stat().st_size

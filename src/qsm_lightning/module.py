@@ -27,14 +27,21 @@ from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from qsm_lightning import trust
-from qsm_lightning.collect import as_written
-from qsm_lightning.compiled import WORTHWHILE_UPDATES, CompiledUpdate, Due, first_line, why_not
+from qsm_lightning.compiled import WORTHWHILE_UPDATES, CompiledUpdate, Due, missing_for_compiling
 from qsm_lightning.datamodule import OffPolicyDataModule, datamodule_of
 from qsm_lightning.distributed import backward
-from qsm_lightning.errors import SettingError, TrainingFault, require, require_not_negative, require_positive
+from qsm_lightning.errors import (
+    SettingError,
+    TrainingFault,
+    first_line,
+    require,
+    require_not_negative,
+    require_positive,
+)
 from qsm_lightning.losses import QSM, OffPolicyLoss
 from qsm_lightning.losses.base import polyak_update
 from qsm_lightning.precision import full_precision
+from qsm_lightning.progress import exact_fraction
 from qsm_lightning.seeding import global_seed
 
 log = logging.getLogger(__name__)
@@ -88,8 +95,8 @@ class OffPolicyModule(LightningModule):
         compile: bool | Literal["auto"] = "auto",
     ) -> None:
         super().__init__()
-        require_positive(model__critic_lr=critic_lr, model__actor_lr=actor_lr)
-        require_not_negative(model__actor_lr_decay_updates=actor_lr_decay_updates or 0)
+        require_positive("model.", critic_lr=critic_lr, actor_lr=actor_lr)
+        require_not_negative("model.", actor_lr_decay_updates=actor_lr_decay_updates)
         require(ema is None or 0 < ema < 1, f"model.ema is {ema}: it must be between 0 and 1, such as 0.999, or null")
         require(
             isinstance(compile, bool) or compile == "auto", f"model.compile is {compile!r}: choose auto, true or false"
@@ -186,7 +193,7 @@ class OffPolicyModule(LightningModule):
             why = f"{type(self.loss).__name__} cannot be compiled ({first_line(error)})"
             require(self.hparams["compile"] == "auto", f"model.compile is true, but {why}; use auto or false")
             log.warning("%s: its updates are slower", why)
-            self._compiled.leave()
+            self._compiled.release()
             self._compiled, self._last_compiled = None, False
             return False
         for term, optimizer in zip(self.loss.terms, optimizers, strict=True):
@@ -259,7 +266,7 @@ class OffPolicyModule(LightningModule):
         """Log the evaluated episodes, of all ranks, of each selector; ``eval/return`` is the first one's."""
         frames = datamodule_of(self.trainer).progress.frames
         self.log("step", torch.tensor(frames, dtype=torch.float64))  # x-axis; float32 is exact to 2^24 only
-        for prefix, episodes in zip(prefixes(batch), batch.values(), strict=True):
+        for prefix, episodes in zip(metric_prefixes(batch), batch.values(), strict=True):
             returns = episodes["return"]
             if not returns.isfinite().all():
                 fault = TrainingFault(f"{prefix}/return is NaN or infinite after frame {frames}")
@@ -280,7 +287,7 @@ class OffPolicyModule(LightningModule):
             )
         if any(type(c).__module__.partition(".")[0] not in ("pytorch_lightning", "qsm_lightning") for c in callbacks):
             return
-        logged = [f"{prefix}/{name}" for prefix in prefixes(data.selectors_of(self.loss)) for name in EVALUATED]
+        logged = [f"{prefix}/{name}" for prefix in metric_prefixes(data.selectors_of(self.loss)) for name in EVALUATED]
         for callback in callbacks:
             monitor = getattr(callback, "monitor", None)
             require(
@@ -309,29 +316,31 @@ class OffPolicyModule(LightningModule):
             SettingError: when they cannot be and ``compile`` is true.
         """
         wanted = self.hparams["compile"]
-        updates = as_written(data.utd) * (data.total_frames - data.warm_up)
+        updates = exact_fraction(data.utd) * (data.total_frames - data.warm_up)
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if wanted is False or (wanted == "auto" and (updates < WORTHWHILE_UPDATES or not on_cpu)):
             return False
-        name = type(self.loss).__name__
-        reason = (
-            f"{name} is not compilable, or does not say so"
-            if not vars(type(self.loss)).get("compilable", False)
-            else f"torch's compiler loses the gradient of a scalar in float64, and {name} learns one"
-            if trainer.precision == "64-true" and any(p.ndim == 0 and p.requires_grad for p in self.loss.parameters())
-            else f"{type(self).__name__} has optimizers of its own"
-            if type(self).configure_optimizers is not OffPolicyModule.configure_optimizers
-            else f"{trainer.world_size} processes average their gradients in the middle of it"
-            if trainer.world_size > 1
-            else "16-mixed looks at its gradients in the middle of it"
-            if trainer.scaler is not None
-            else why_not(trainer.strategy.root_device)
-        )
+        reason = self._why_not_compiled(trainer)
         require(
             not reason or wanted == "auto",
             f"model.compile is true, but an update cannot be compiled: {reason}; use auto or false",
         )
         return not reason
+
+    def _why_not_compiled(self, trainer: Trainer) -> str:
+        """Why updates cannot be compiled; empty when they can."""
+        name = type(self.loss).__name__
+        if not vars(type(self.loss)).get("compilable", False):
+            return f"{name} is not compilable, or does not say so"
+        if trainer.precision == "64-true" and any(p.ndim == 0 and p.requires_grad for p in self.loss.parameters()):
+            return f"torch's compiler loses the gradient of a scalar in float64, and {name} learns one"
+        if type(self).configure_optimizers is not OffPolicyModule.configure_optimizers:
+            return f"{type(self).__name__} has optimizers of its own"
+        if trainer.world_size > 1:
+            return f"{trainer.world_size} processes average their gradients in the middle of it"
+        if trainer.scaler is not None:
+            return "16-mixed looks at its gradients in the middle of it"
+        return missing_for_compiling(trainer.strategy.root_device)
 
     def _clip(self, gradients: list[Tensor]) -> None:
         """As Lightning's ``clip_gradients``, for gradients that are not at their parameters."""
@@ -473,6 +482,6 @@ def loss_from_spec(spec: LossFactory | dict[str, Any]) -> LossFactory:
     return partial(cls, **spec["init_args"])
 
 
-def prefixes(selectors: Iterable[str]) -> list[str]:
-    """Of the metrics of each policy that is evaluated: ``eval`` of the first, ``eval_NAME`` of others."""
+def metric_prefixes(selectors: Iterable[str]) -> list[str]:
+    """What the names of each selector's metrics begin with: ``eval`` for the first, ``eval_NAME`` for others."""
     return ["eval" if i == 0 else f"eval_{selector}" for i, selector in enumerate(selectors)]

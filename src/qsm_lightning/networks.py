@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from qsm_lightning.precision import full_precision
 
 TIME_HIDDEN = (128, 128)
-FEW = 16_384  # numbers up to which the count of operations decides, not their size
+FEW = 16_384  # numbers up to which one kernel of torch's own is faster than several
 
 
 def mish(x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class Denoiser(nn.Module):
 
 
 def eps_given(denoiser: nn.Module, observation: Tensor, T: int) -> Callable[[Tensor, int | Tensor], Tensor]:
-    """(a_t [B, A], t: a number or [B]) -> eps_theta(s, a_t, t) [B, A], for observations [B, O] and any denoiser."""
+    """eps_theta of given observations [B, O], for any denoiser: (a_t [B, A], t: a number or [B]) -> [B, A]."""
     if isinstance(denoiser, Denoiser) and type(denoiser).forward is Denoiser.forward:
         return denoiser.prepared(observation, T)
     return lambda action, t: denoiser(observation, action, torch.as_tensor(t, device=action.device).reshape(-1))

@@ -1,4 +1,4 @@
-"""What torch's compiler is made to change in the graph of a function before it writes its code."""
+"""Passes over the graphs of torch's compiler: noise drawn in the order it is written, thin products in loops."""
 
 from __future__ import annotations
 

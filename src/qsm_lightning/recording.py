@@ -36,7 +36,7 @@ def record_episode(
         policy: acts in it.
         env_seed: of the episode's start.
         noise_seed: of the policy's noise.
-        max_frames: after how many none is rendered any more; the episode goes on to its end.
+        max_frames: frames of the episode that are rendered at most; it goes on to its end.
         every: frames from one that is rendered to the next.
         each_step: called after every step; may raise to leave the episode.
 

@@ -155,6 +155,21 @@ class Chunk:
     record: durable.Record
 
 
+def kept_chunks(saved: list[dict[str, Any]], buffer_size: int) -> list[tuple[int, Chunk, int]]:
+    """The files of a checkpoint's replay frames: whose each is, and how many of its first frames the ring has lost.
+
+    Args:
+        saved: the states of all ranks.
+        buffer_size: capacity of all buffers, where their states do not tell their own.
+    """
+    share = -(-buffer_size // len(saved))
+    return [
+        (rank, chunk, max(0, state["written"] - state.get("capacity", share) - chunk.first))
+        for rank, state in enumerate(saved)
+        for chunk in (Chunk(*fields) for fields in state["replay"] or [])
+    ]
+
+
 class ReplayArchive:
     """The buffer's frames as immutable files in a folder that all checkpoints of a run share.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from qsm_lightning import checkpoints, runs
+from qsm_lightning import checkpoints, durable, runs
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import require
 from qsm_lightning.replay import frame_bytes
@@ -50,8 +50,7 @@ def report(
     places = processes if on_gpu else machines
     filled = data.buffer_size if on_gpu else min(data.buffer_size, data.total_frames)  # a GPU has no lazy pages
     frames = math.ceil(filled / places)
-    index = 8  # TorchRL stores each frame's number with it
-    size, archive = frames * (frame + index), min(2 * data.buffer_size, data.total_frames) * frame
+    size, archive = frames * frame, min(2 * data.buffer_size, data.total_frames) * frame
     mapped, saved = data.storage == "memmap", saved and data.save_buffer
     here = f" on each {'device' if on_gpu else 'machine'}" if places > 1 else ""
     where = "mapped files" if mapped else str(device) if on_gpu else "memory"
@@ -91,7 +90,7 @@ def report(
 
 def _add(needs: dict[int, int], disks: dict[int, Path], folder: Path, size: int) -> None:
     """Note what ``folder`` will need beyond what an earlier process of the run has put there."""
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    existing = durable.nearest_existing(folder)
     device = existing.stat().st_dev
     there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
     needs[device] += max(0, size - there)

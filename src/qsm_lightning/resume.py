@@ -84,7 +84,7 @@ def wanted(ckpt_path: str, run: Path | None, siblings: Path) -> Checkpoint:
         folder = run / CHECKPOINTS if run is not None else _newest_folder(siblings)
         found = checkpoints.complete(folder) if folder is not None else []
         require(
-            bool(found),
+            found,
             f"--ckpt_path is {ckpt_path}: there is no checkpoint below {run or siblings}; "
             "leave it out to start from the beginning",
         )

@@ -21,8 +21,14 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from qsm_lightning import checkpoints, durable, trust
 from qsm_lightning.distributed import Ranks
 from qsm_lightning.errors import SettingError
+from qsm_lightning.tables import csv_text
 
 CHECKPOINTS, CONFIG, METRICS = "checkpoints", "config.yaml", "metrics.csv"
+
+
+def begun_at(trainer: Trainer) -> checkpoints.Checkpoint | None:
+    """The checkpoint that a run goes on from."""
+    return checkpoints.Checkpoint(Path(trainer.ckpt_path).parent) if trainer.ckpt_path else None
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -30,8 +36,8 @@ def run_folder(trainer: Trainer) -> Path:
 
     Unlike ``trainer.log_dir`` it can be asked for on one rank alone.
     """
-    if trainer.ckpt_path:
-        return Path(trainer.ckpt_path).parent.parent.parent
+    if checkpoint := begun_at(trainer):
+        return checkpoint.run
     folders = (getattr(logger, "log_dir", None) for logger in trainer.loggers)
     return Path(next(filter(None, folders), trainer.default_root_dir))
 
@@ -160,11 +166,8 @@ def _cut_csv(path: Path, keeps: Any) -> None:
     names, rows = metrics(path)
     if "step" not in names:
         return
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, names)
-    writer.writeheader()
-    writer.writerows(row for row in rows if keeps(int(float(row["step"])), [k for k in names if row[k] != ""]))
-    durable.write_file(path, text.getvalue().encode())
+    kept = (row for row in rows if keeps(int(float(row["step"])), [k for k in names if row[k] != ""]))
+    durable.write_file(path, csv_text(names, ([row[k] for k in names] for row in kept)).encode())
 
 
 def _is_number(text: str | None) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 
 from tensordict import TensorDict
 
-from qsm_lightning.collect import RecentExperience
 from qsm_lightning.distributed import Ranks
-from qsm_lightning.replay import Chunk, ReplayArchive
+from qsm_lightning.progress import RecentExperience
+from qsm_lightning.replay import ReplayArchive, kept_chunks
 
 
 def adopt(saved: list[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
@@ -65,19 +65,13 @@ def part_of_frames(
         ranks: the ranks there are now.
         buffer_size: capacity of all saved buffers, where their states do not tell it.
     """
-    share = -(-buffer_size // len(saved))
-    chunks = [
-        (chunk, rank, max(0, one["written"] - one.get("capacity", share)))
-        for rank, one in enumerate(saved)
-        for chunk in (Chunk(*fields) for fields in one["replay"])
-    ]
-    chunks.sort(key=lambda item: (item[0].first, item[1]))
-    total = sum(chunk.stop - max(chunk.first, oldest) for chunk, _, oldest in chunks)
+    chunks = sorted(kept_chunks(saved, buffer_size), key=lambda item: (item[1].first, item[0]))
+    total = sum(chunk.stop - chunk.first - lost for _, chunk, lost in chunks)
 
     def pieces() -> Iterator[TensorDict]:
         position = 0
-        for chunk, rank, oldest in chunks:
-            frames = ReplayArchive(folder, rank).read(chunk)[max(0, oldest - chunk.first) :]
+        for rank, chunk, lost in chunks:
+            frames = ReplayArchive(folder, rank).read(chunk)[lost:]
             first = (ranks.rank - position) % ranks.count
             position += len(frames)
             if first < len(frames):

@@ -89,7 +89,7 @@ class Stopping:
             raise self._interrupted()
 
     def leave(self) -> None:
-        """Within what :meth:`together` does: leave it if a signal came to this process."""
+        """Raise :class:`Interrupted` if a signal came to this process; for within what :meth:`together` does."""
         if self.signal is not None:
             raise Interrupted(self.signal)
 

@@ -16,7 +16,7 @@ from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import Strategy
 
-from qsm_lightning.continuous import PREFIX
+from qsm_lightning.continuous import CONTINUOUS
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import OffPolicyLoss
 
@@ -44,8 +44,8 @@ def _kinds() -> tuple[type, ...]:
 
 def check_env(name: str, where: str) -> None:
     """Raise :class:`SettingError` for an environment name that would import a module."""
-    if name.startswith(f"{PREFIX}:"):
-        name = name.removeprefix(f"{PREFIX}:").partition("?")[0]
+    if name.startswith(f"{CONTINUOUS}:"):
+        name = name.removeprefix(f"{CONTINUOUS}:").partition("?")[0]
     module, colon, _ = name.partition(":")
     if colon and module not in ("dmc", "envpool"):
         raise _refusal(where, f"names the environment {name!r}, which imports the module {module!r}")

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from qsm_lightning.distributed import Ranks
+from qsm_lightning.errors import one_line
 
 PERIOD = 0.5  # seconds between two looks
 SILENT = 25.0  # seconds without an answer after which a rank counts as lost
@@ -81,7 +82,7 @@ class Watch:
         """This rank fails with ``error``, unless that is because another one is lost, which then ends this process."""
         if isinstance(error, RuntimeError):  # how a broken connection shows
             self._thread.join(4 * PERIOD)
-        self._end("failed: " + " ".join(f"{type(error).__name__}: {error}".split()))
+        self._end(f"failed: {type(error).__name__}: {one_line(error)}")
 
     def _end(self, state: str) -> None:
         self._state = state

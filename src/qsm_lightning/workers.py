@@ -32,7 +32,7 @@ from torchrl.envs import EnvBase
 from qsm_lightning.collect import in_order_of_time
 from qsm_lightning.env_faults import Guarded, belong_to_parent
 from qsm_lightning.env_state import NoStateError
-from qsm_lightning.errors import EnvironmentFault, SettingError, TrainingFault, require
+from qsm_lightning.errors import EnvironmentFault, SettingError, TrainingFault, first_line, require
 from qsm_lightning.watch import beat
 
 Kind = Literal["processes", "ray"]
@@ -183,7 +183,7 @@ class Workers:
         said = re.findall(r"^\s*[\w.]*(?:EnvironmentFault|SettingError): (.+)$", str(error), re.MULTILINE)
         if said:  # in the text of the error with which a worker of Ray could not start
             return EnvironmentFault(said[-1])
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         if "Cannot close a process" in reason:  # TorchRL could not end the others
             reason = "a process ended"
         what = "a worker of data.collector died" if self._started else "the workers of data.collector did not start"
@@ -239,7 +239,7 @@ class _Thread:
 
 
 class RayWorker(Collector):
-    """A collector that Ray can ask for its truth: an endless one has no length, and errors would be lost to that."""
+    """A collector that is true: asked by Ray while it handles an error, an endless one fails, as it has no length."""
 
     def __bool__(self) -> bool:
         return True

@@ -55,14 +55,21 @@ def run_command(prog: str, command: Callable[[], None]) -> None:
         if error.errno not in UNREACHABLE or error.filename is None:
             raise
         _stop(prog, error, f"{str(error.filename)!r} cannot be looked at ({error.strerror}): choose another", 2)
-    except EnvironmentFault as error:
-        _stop(prog, error, f"{error}{runs.and_now(error.checkpoint) if prog == 'qsm-fit' else ''}", 3)
-    except TrainingFault as error:
-        _stop(prog, error, str(error), 3)
-    except Interrupted as stop:
-        _stop(prog, stop, f"{stop}{runs.and_now(stop.checkpoint) if prog == 'qsm-fit' else ''}", 128 + stop.signum)
+    except (TrainingFault, Interrupted) as stop:
+        _stop(prog, stop, f"{stop}{_what_is_left(stop) if prog == 'qsm-fit' else ''}", _status(stop))
     except KeyboardInterrupt as stop:
         _stop(prog, stop, "interrupted; nothing was saved since the last checkpoint", 130)
+
+
+def _status(stop: TrainingFault | Interrupted) -> int:
+    return 128 + stop.signum if isinstance(stop, Interrupted) else 3
+
+
+def _what_is_left(stop: TrainingFault | Interrupted) -> str:
+    """Where the state of a run of ``qsm-fit`` is, behind what ended it."""
+    if isinstance(stop, (EnvironmentFault, Interrupted)):
+        return runs.and_now(stop.checkpoint)
+    return f"; the last good checkpoint is {stop.checkpoint}" if stop.checkpoint else "; there is no checkpoint yet"
 
 
 def check_results(folder: Path, *names: str) -> None:
@@ -98,7 +105,7 @@ def _flush() -> None:
 
 
 def _drop_unwritable_output() -> None:
-    """Have what a full disk does not take go nowhere."""
+    """Send to /dev/null the streams that a full disk does not let be flushed."""
     for stream in _streams():
         try:
             stream.flush()
@@ -111,7 +118,7 @@ def _to_nowhere(number: int) -> None:
 
 
 def _drop_unread_output() -> bool:
-    """Have what goes into pipes that nobody reads any more go nowhere; whether there are any."""
+    """Send to /dev/null the streams into pipes that nobody reads any more; whether there are any."""
     unread = []
     for stream in _streams():
         ends = select.poll()

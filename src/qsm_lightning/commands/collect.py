@@ -11,10 +11,11 @@ import torch
 from tensordict import TensorDictBase
 
 from qsm_lightning import datasets, durable
-from qsm_lightning.collect import RecentExperience, make_collector
+from qsm_lightning.collect import make_collector
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.commands.trained import Trained, add_checkpoint, load
-from qsm_lightning.errors import require
+from qsm_lightning.errors import require, require_positive
+from qsm_lightning.progress import RecentExperience
 from qsm_lightning.replay import frame_bytes, make_replay_buffer
 from qsm_lightning.resources import available_memory, readable
 from qsm_lightning.seeding import Purpose, check_seed, derive_seed
@@ -77,17 +78,13 @@ def collect(
 def run(args: list[str] | None = None) -> None:
     """Parse, collect, write and say what it is."""
     options = _parser().parse_args(args)
-    require(options.frames > 0, f"--frames is {options.frames}: it must be greater than 0")
+    require_positive("--", frames=options.frames)
     require(0 <= options.random <= 1, f"--random is {options.random}: it must be between 0 and 1")
     check_seed(options.seed, "--seed")
     require(options.out.suffix == ".npz", f"--out is {str(options.out)!r}: give a file that ends in .npz")
     durable.check_writable(options.out, "--out")
     trained = load(options.checkpoint, options.trust)
-    selectors = (*trained.module.loss.selectors, "exploration")
-    require(
-        options.actions in selectors,
-        f"--actions is {options.actions}: {type(trained.module.loss).__name__} has {' and '.join(selectors)}",
-    )
+    trained.module.loss.check_selector(options.actions, "--actions", also=("exploration",))
     hparams = trained.module.hparams
     arrays = 2  # the buffer, and what is written
     size = arrays * options.frames * frame_bytes(hparams["observation_dim"], hparams["action_dim"], timed=True)

@@ -11,6 +11,7 @@ from qsm_lightning.commands.base import Parser, check_results, run_command, writ
 from qsm_lightning.errors import SettingError, require
 from qsm_lightning.figures import png
 from qsm_lightning.seeding import check_seed
+from qsm_lightning.tables import markdown
 from qsm_lightning.theory.gridworld import MAP, Gridworld, Round, entropy, policy_iteration, reaches_goal, read_map
 from qsm_lightning.theory.gridworld_picture import draw_gridworld
 
@@ -97,21 +98,28 @@ def _record(world: Gridworld, alpha: float, policies: list[Round]) -> dict[str, 
 
 def _table(world: Gridworld, records: list[dict[str, Any]]) -> str:
     """The first rounds of each alpha and the last."""
-    lines = [
+    about = (
         f"{world.away.sum()} cells: means of entropy (at most 1.386) and values, the least gain of any, and from how "
-        "many the likeliest actions reach the goal",
-        "",
-        "| alpha | round | entropy | value | least gain | soft value | least gain | cosine | distance | reaching |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "many the likeliest actions reach the goal"
+    )
+    head = ["alpha", "round", "entropy", "value", "least gain", "soft value", "least gain", "cosine", "distance"]
+    rows = [
+        [
+            f"{record['alpha']:g}",
+            row["round"],
+            f"{row['entropy']:.3f}",
+            f"{row['value']:.3f}",
+            _gain(row["least_value_gain"]),
+            f"{row['soft_value']:.3f}",
+            _gain(row["least_soft_value_gain"]),
+            f"{row['cosine']:.4f}",
+            f"{row['distance']:.4f}",
+            row["reaching"],
+        ]
+        for record in records
+        for row in record["rounds"][:5] + record["rounds"][5:][-1:]
     ]
-    for record in records:
-        for row in record["rounds"][:5] + record["rounds"][5:][-1:]:
-            gains = [_gain(row["least_value_gain"]), _gain(row["least_soft_value_gain"])]
-            lines.append(
-                f"| {record['alpha']:g} | {row['round']} | {row['entropy']:.3f} | {row['value']:.3f} | {gains[0]} "
-                f"| {row['soft_value']:.3f} | {gains[1]} | {row['cosine']:.4f} | {row['distance']:.4f} "
-                f"| {row['reaching']} |"
-            )
+    lines = [about, "", markdown([*head, "reaching"], rows)]
     for record in records:
         if not record["fixed_point"]:
             lines += ["", f"alpha {record['alpha']:g} is at no fixed point yet; raise --rounds"]

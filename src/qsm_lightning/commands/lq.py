@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qsm_lightning.commands.base import Parser, check_results, run_command, write_results
-from qsm_lightning.errors import require, require_package
+from qsm_lightning.errors import require, require_not_negative, require_package
 from qsm_lightning.figures import png
 from qsm_lightning.seeding import check_seed
+from qsm_lightning.tables import markdown
 
 if TYPE_CHECKING:
     from qsm_lightning.theory.time_steps import Point
@@ -64,7 +65,7 @@ def run(args: list[str] | None = None) -> None:
     for name, steps in {"--steps": options.steps, "--set-at": [options.set_at]}.items():
         for step in steps:
             require(SHORTEST <= step <= LONGEST, f"{name} has {step}: it must be from {SHORTEST} to {LONGEST}")
-    require(options.updates >= 0, f"--updates is {options.updates}: it must not be negative")
+    require_not_negative("--", updates=options.updates)
     check_seed(options.seed, "--seed")
     folder = Path(options.out)
     check_results(folder, "lq.json", "lq.png")
@@ -101,22 +102,17 @@ def _table(points: list[Point], learned: bool) -> str:
     kinds = ("exact", "learned") if learned else ("exact",)
     names = {"q": "Q", "score": "score", "q_mean": "mean Q"}
     heads = [f"{name} {kind}" for name in names.values() for kind in kinds]
-    lines = [
-        "relative errors of Q and of the score, and mean Q over that of continuous time: of the exact fixed point"
-        + (", and learned" if learned else ""),
-        "",
-        f"| dt | method | {' | '.join(heads)} |",
-        "| --- " * (len(heads) + 2) + "|",
-    ]
-    missing = []
+    about = "relative errors of Q and of the score, and mean Q over that of continuous time: of the exact fixed point"
+    rows, missing = [], []
     for point in points:
         cells = [_cell(getattr(point, kind), quantity) for quantity in names for kind in kinds]
-        lines.append(f"| {point.dt} | {point.method} | {' | '.join(cells)} |")
+        rows.append([point.dt, point.method, *cells])
         if point.exact is None:
             missing += ["", f"{point.method} at dt {point.dt} is left out: no finite value was found"]
         elif learned and point.learned is None:
             missing += ["", f"{point.method} at dt {point.dt}: learning diverged"]
-    return "\n".join([*lines, *missing, ""])
+    table = markdown(["dt", "method", *heads], rows)
+    return "\n".join([about + (", and learned" if learned else ""), "", table, *missing, ""])
 
 
 def _cell(errors: object | None, quantity: str) -> str:

@@ -20,6 +20,7 @@ from qsm_lightning.figures import png
 from qsm_lightning.modes import Modes, Sampled, find_modes, spread
 from qsm_lightning.modes_picture import draw_modes
 from qsm_lightning.seeding import Purpose, check_seed, derive_seed
+from qsm_lightning.tables import markdown
 
 MOST = 100_000  # samples
 MOST_STATES = 50  # a row each
@@ -175,17 +176,22 @@ def _json(options: argparse.Namespace, runs: list[Trained], found: list[list[Sam
 
 
 def _table(options: argparse.Namespace, names: list[str], runs: list[Trained], found: list[list[Sampled]]) -> bytes:
-    lines = [
-        f"{options.samples} actions at each state of {runs[0].env}, seed {options.seed}",
-        "",
-        "| policy | frames | step | modes | shares | centres | spread |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, trained, states in zip(names, runs, found, strict=True):
-        for state in states:
-            cells = (name, trained.frames, state.step, len(state.modes), state.modes.in_percent(6))
-            lines.append(f"| {' | '.join(map(str, cells))} | {_centres(state.modes)} | {spread(state.actions):.2f} |")
-    return "\n".join([*lines, ""]).encode()
+    about = f"{options.samples} actions at each state of {runs[0].env}, seed {options.seed}"
+    rows = (
+        (
+            name,
+            trained.frames,
+            state.step,
+            len(state.modes),
+            state.modes.in_percent(6),
+            _centres(state.modes),
+            f"{spread(state.actions):.2f}",
+        )
+        for name, trained, states in zip(names, runs, found, strict=True)
+        for state in states
+    )
+    head = ["policy", "frames", "step", "modes", "shares", "centres", "spread"]
+    return f"{about}\n\n{markdown(head, rows)}\n".encode()
 
 
 def _centres(modes: Modes) -> str:

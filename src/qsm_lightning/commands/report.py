@@ -63,7 +63,7 @@ def run(args: list[str] | None = None) -> None:
             not set(label) & set("|\n") and not label.startswith("_"),
             f"RUNS has {text!r}: a label begins with no _ and has no |; choose another",
         )
-        require(bool(path if equals else text), f"RUNS has {text!r}: name a folder, such as . for this one")
+        require(path if equals else text, f"RUNS has {text!r}: name a folder, such as . for this one")
         require(
             not equals or label.strip(". ") != "",
             f"RUNS has {text!r}: give a LABEL before the =, of more than points",
@@ -76,7 +76,7 @@ def run(args: list[str] | None = None) -> None:
             result = results.read(folder, options.selector, options.force)
             if result is not None:
                 (named if equals else unnamed).append((label, result))
-    require(bool(named or unnamed), "RUNS: none of the runs has been evaluated yet; wait for their first evaluation")
+    require(named or unnamed, "RUNS: none of the runs has been evaluated yet; wait for their first evaluation")
     found = [result for _, result in unnamed]
     labelled = [*named, *zip(results.label(found), found, strict=True)]
     comparison, notes = results.compare(labelled, options.selector, options.force)

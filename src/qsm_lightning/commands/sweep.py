@@ -28,7 +28,7 @@ from rich.text import Text
 from qsm_lightning import checkpoints, cli, durable, launching, resume, runs
 from qsm_lightning.commands.base import Parser, run_command
 from qsm_lightning.datamodule import OffPolicyDataModule
-from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, require, tell
+from qsm_lightning.errors import Interrupted, SettingError, TrainingFault, require, require_positive, tell
 from qsm_lightning.seeding import check_seed
 
 OWN = (
@@ -184,7 +184,7 @@ def variants_of(vary: list[str], variants: list[str]) -> dict[str, list[str]]:
     choices: list[list[tuple[str, list[str]]]] = []
     for text in variants:
         name, equals, options = text.partition("=")
-        require(bool(equals and name), f"--variant is {text!r}: write NAME=OPTIONS, such as 'sac=--model.loss sac'")
+        require(equals and name, f"--variant is {text!r}: write NAME=OPTIONS, such as 'sac=--model.loss sac'")
         require(not name.startswith("."), f"--variant is {text!r}: a name begins with no point; choose another")
         try:
             words = shlex.split(options)
@@ -197,7 +197,7 @@ def variants_of(vary: list[str], variants: list[str]) -> dict[str, list[str]]:
         listed = re.findall(r"(?:\[[^]]*\]|[^,\[])+", values)  # a list in brackets is one value
         whole = ",".join(listed) == values and all(value.count("[") == value.count("]") < 2 for value in listed)
         require(
-            bool(equals and key and listed) and whole,
+            equals and key and listed and whole,
             f"--vary is {text!r}: write KEY=A,B, such as model.loss=qsm,sac, a list in one pair of brackets, and null "
             "for no value",
         )
@@ -231,14 +231,14 @@ def _default_out(options: list[str]) -> Path:
     return Path("sweeps") / (Path(configs[0]).stem if configs else "sweep")
 
 
-def plan(args: list[str] | None = None) -> tuple[list[Job], int]:
-    """The runs that a command line asks for, all of their settings checked, and how many are run at a time.
+def plan(args: list[str] | None = None) -> tuple[list[Job], int, Path]:
+    """The runs that a command line asks for, all of their settings checked; how many are run at a time; their folder.
 
     Raises:
         SettingError: for settings of which one run or all are wrong.
     """
     options, shared = _parser().parse_known_args(args)
-    require(options.jobs > 0, f"--jobs is {options.jobs}: it must be greater than 0")
+    require_positive("--", jobs=options.jobs)
     seeds = seeds_of(options.seeds)
     out = options.out or _default_out(shared)
     durable.check_writable(out / "log.txt", "--out")
@@ -270,7 +270,7 @@ def plan(args: list[str] | None = None) -> tuple[list[Job], int]:
                 newest = job.checkpoint()
                 built.buffer_report(newest.run if newest else job.folder)
             jobs[seed].append(job)
-    return [job for of_a_seed in jobs.values() for job in of_a_seed], options.jobs
+    return [job for of_a_seed in jobs.values() for job in of_a_seed], options.jobs, out
 
 
 def command(job: Job) -> list[str]:
@@ -443,10 +443,7 @@ class View:
 
 def run(args: list[str] | None = None) -> None:
     """Parse, run all, and print what to type next."""
-    jobs, at_once = plan(args)
-    out = jobs[0].folder
-    for _ in Path(jobs[0].label).parts:
-        out = out.parent
+    jobs, at_once, out = plan(args)
     print(f"qsm-sweep: {len(jobs)} runs in {out}, {at_once} at a time", flush=True)
     Sweep(jobs, at_once).run()
     print(f"next: {shlex.join(['qsm-report', str(out), '--out', 'report'])}")

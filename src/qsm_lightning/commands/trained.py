@@ -13,12 +13,12 @@ from torchrl.envs import EnvBase
 
 from qsm_lightning import checkpoints, runs, trust
 from qsm_lightning.checkpoints import Checkpoint
-from qsm_lightning.collect import Progress
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.envs import make_env
 from qsm_lightning.errors import SettingError, one_line, require
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.policy import check_samples
+from qsm_lightning.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -71,12 +71,9 @@ class Trained:
         Raises:
             SettingError: when the algorithm does not have it.
         """
-        loss = self.module.loss
         check_samples(candidates, "--candidates")
-        require(
-            selector in loss.selectors,
-            f"--selector is {selector}: {type(loss).__name__} has {' and '.join(loss.selectors)}",
-        )
+        loss = self.module.loss
+        loss.check_selector(selector, "--selector")
         return loss.evaluation_policy(selector, candidates)
 
 
@@ -147,18 +144,10 @@ def find(run_or_checkpoint: str) -> Path:
         folder = folder / runs.CHECKPOINTS if (folder / runs.CHECKPOINTS).is_dir() else folder
         found = [checkpoints.best(folder), *reversed(checkpoints.complete(folder))]
         candidates = list(dict.fromkeys(checkpoint for checkpoint in found if checkpoint is not None))
-    faults = []
-    for checkpoint in candidates:
-        try:
-            checkpoint.verify(replay=False)
-        except checkpoints.DamagedError as fault:
-            faults.append(str(fault))
-        else:
-            for sentence in faults:
-                log.warning("%s; using %s instead", sentence, checkpoint.path)
-            return checkpoint.state
-    raise SettingError(
-        f"{faults[0]}: choose another checkpoint"
-        if faults
-        else f"{run_or_checkpoint!r} is neither a checkpoint nor the folder of a run that has one"
-    )
+    require(candidates, f"{run_or_checkpoint!r} is neither a checkpoint nor the folder of a run that has one")
+    whole, faults = checkpoints.first_whole(candidates, replay=False)
+    if whole is None:
+        raise SettingError(f"{faults[0]}: choose another checkpoint")
+    for fault in faults:
+        log.warning("%s; using %s instead", fault, whole.path)
+    return whole.state

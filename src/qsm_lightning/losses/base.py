@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from torchrl.objectives import LossModule
 from qsm_lightning.errors import require
 
 Metrics = dict[str, Tensor]
+WIDEST = 100_000  # layer
 
 
 def non_finite(metrics: Metrics) -> str | None:
@@ -31,14 +32,15 @@ class OffPolicyLoss(LossModule):
     """Base of the algorithms in this folder.
 
     A subclass names its ``terms`` in the order in which they are optimized. For each term x it defines
-    ``x_loss(tensordict) -> (loss, detached metrics)`` and lists its modules in ``term_modules(x)``; the trainer makes
-    one optimizer per term. Networks, targets and the maths are the loss's own; how often and with what they are
-    stepped is not. ``every`` says of terms, and of ``targets``, at which updates they are stepped where that is not
-    all of them: at every second, say. ``learning_rates`` are of terms that have one of their own;
-    ``actor_lr_decay_updates`` is what the trainer's setting of that name is by default.
-    ``selectors`` are the kinds of :meth:`evaluation_policy` that there are. With a ``window`` of more than 1, each
-    entry of a replay batch is that many consecutive frames (:meth:`~qsm_lightning.replay.FrameBuffer.sample_windows`).
-    ``fixed`` are settings of a base class that this one sets itself.
+    ``x_loss(tensordict) -> (loss, detached metrics)`` and lists its modules in ``term_modules(x)``, or, where it trains
+    a parameter that is in none, that in ``term_parameters(x)``; the trainer makes one optimizer per term. Networks,
+    targets and the maths are the loss's own; how often and with what they are stepped is not. ``every`` says of terms,
+    and of ``targets``, at which updates they are stepped where that is not all of them: at every second, say.
+    ``learning_rates`` are of terms that have one of their own; ``actor_lr_decay_updates`` is what the trainer's setting
+    of that name is by default. ``selectors`` are the kinds of :meth:`evaluation_policy` that there are. With a
+    ``window`` of more than 1, each entry of a replay batch is that many consecutive frames
+    (:meth:`~qsm_lightning.replay.FrameBuffer.sample_windows`). ``fixed`` are settings of a base class that this one
+    sets itself.
 
     A class may say of itself, not for its subclasses, that it is ``compilable``: that ``x_loss`` and
     ``update_targets`` read and change nothing between two updates but the content of tensors. A number that is counted
@@ -109,6 +111,17 @@ class OffPolicyLoss(LossModule):
         """The parameters that ``term`` trains."""
         return [p for module in self.term_modules(term) for p in module.parameters()]
 
+    def check_selector(self, selector: str, setting: str, also: tuple[str, ...] = ()) -> None:
+        """Raise :class:`SettingError` that names ``setting`` unless ``selector`` is one of these policies.
+
+        Args:
+            selector: what was asked for.
+            setting: by what.
+            also: what may be asked for there besides this algorithm's ``selectors``.
+        """
+        known = (*self.selectors, *also)
+        require(selector in known, f"{setting} is {selector}: {type(self).__name__} has {' and '.join(known)}")
+
     def check_env(self, env: EnvBase) -> None:
         """Raise :class:`SettingError` when the environment lacks something that this algorithm needs of it."""
 
@@ -135,7 +148,7 @@ def check_gamma(gamma: float) -> None:
 
 
 def check_entropy(target_entropy: float | None) -> None:
-    """Raise :class:`SettingError` unless ``target_entropy`` is one that there can be, in nats, or the default."""
+    """Raise :class:`SettingError` unless ``target_entropy``, in nats, is finite or None."""
     require(
         target_entropy is None or math.isfinite(target_entropy),
         f"target_entropy is {target_entropy}: it must be a finite number, or null for the default",
@@ -145,6 +158,15 @@ def check_entropy(target_entropy: float | None) -> None:
 def check_tau(tau: float) -> None:
     """Raise :class:`SettingError` unless ``tau`` is a Polyak rate."""
     require(0 < tau <= 1, f"tau is {tau}: it must be above 0 and at most 1")
+
+
+def check_hidden(hidden: Sequence[int]) -> None:
+    """Raise :class:`SettingError` unless ``hidden`` has widths of layers."""
+    require(len(hidden) > 0, "hidden is empty: give at least one layer width, such as [256, 256]")
+    require(
+        all(0 < width <= WIDEST for width in hidden),
+        f"hidden is {list(hidden)}: every width must be greater than 0 and at most {WIDEST}",
+    )
 
 
 @torch.no_grad()

@@ -26,8 +26,7 @@ from torchrl.envs import EnvBase
 from qsm_lightning.continuous import TIME_STEP, moved, moving_action
 from qsm_lightning.distributed import batch_mean
 from qsm_lightning.errors import require, require_not_negative, require_positive
-from qsm_lightning.losses.base import Metrics, OffPolicyLoss, check_tau, polyak_update
-from qsm_lightning.losses.diffusion import check_hidden
+from qsm_lightning.losses.base import Metrics, OffPolicyLoss, check_hidden, check_tau, polyak_update
 from qsm_lightning.losses.qsm import QSM
 from qsm_lightning.networks import MLP, Critics, mish
 from qsm_lightning.policy import Policy
@@ -81,9 +80,8 @@ class CQSMLoss(OffPolicyLoss):
         trace_rate: float = 1.0,
     ) -> None:
         super().__init__()
-        require_positive(regularization=regularization, window=window, trace_rate=trace_rate)
+        require_positive(regularization=regularization, window=window, trace_rate=trace_rate, max_speed=max_speed)
         require_not_negative(discount_rate=discount_rate, sigma=sigma)
-        require_positive(max_speed=1 if max_speed is None else max_speed)
         check_tau(tau)
         require(
             evaluation in ("orthogonality", "trace", "martingale"),

@@ -102,8 +102,8 @@ class DACER(SizedDiffusionLoss):
         seed = int(torch.randint(2**31, ()))
         return torch.tensor(np.mean([mixture_entropy(a, seed) for a in actions.cpu().numpy()])).to(observation)
 
-    def term_modules(self, term: str) -> list[nn.Module]:
-        return [nn.ParameterList([self.log_alpha])] if term == "alpha" else super().term_modules(term)
+    def term_parameters(self, term: str) -> list[nn.Parameter]:
+        return [self.log_alpha] if term == "alpha" else super().term_parameters(term)
 
     def exploration_policy(self) -> Policy:
         return EntropyPolicy(self.sampler, self.log_alpha, self.action_noise)

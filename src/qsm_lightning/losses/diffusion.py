@@ -14,14 +14,20 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from qsm_lightning.errors import require, require_at_most, require_not_negative
-from qsm_lightning.losses.base import Metrics, OffPolicyLoss, check_gamma, check_tau, polyak_update
+from qsm_lightning.losses.base import (
+    WIDEST,
+    Metrics,
+    OffPolicyLoss,
+    check_gamma,
+    check_hidden,
+    check_tau,
+    polyak_update,
+)
 from qsm_lightning.networks import Critics, Denoiser, eps_given
 from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, Policy, add_action_noise
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
 from qsm_lightning.schedule import NoiseSchedule, ScheduleName
-
-WIDEST = 100_000  # layer
 
 
 class DiffusionLoss(OffPolicyLoss):
@@ -213,12 +219,3 @@ def climb(value: Callable[[Tensor], Tensor], action: Tensor) -> Tensor:
     with torch.no_grad():
         g, q = torch.func.grad_and_value(value)(action.detach())
     return q + (g * (action - action.detach())).sum()
-
-
-def check_hidden(hidden: Sequence[int]) -> None:
-    """Raise :class:`SettingError` unless ``hidden`` has widths of layers."""
-    require(len(hidden) > 0, "hidden is empty: give at least one layer width, such as [256, 256]")
-    require(
-        all(0 < width <= WIDEST for width in hidden),
-        f"hidden is {list(hidden)}: every width must be greater than 0 and at most {WIDEST}",
-    )

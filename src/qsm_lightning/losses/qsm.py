@@ -197,8 +197,8 @@ class QSMLoss(DiffusionLoss):
             state_dict[f"{prefix}log_size"] = torch.zeros(1)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def term_modules(self, term: str) -> list[nn.Module]:
-        return [nn.ParameterList([self.log_size])] if term == "m_q" else super().term_modules(term)
+    def term_parameters(self, term: str) -> list[nn.Parameter]:
+        return [self.log_size] if term == "m_q" else super().term_parameters(term)
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, Metrics]:
         """Score matching at a random step of the schedule on a replay batch [B]; no gradient reaches the critics."""

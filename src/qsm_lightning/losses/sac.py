@@ -93,10 +93,8 @@ class SAC(WrappedLoss):
         loss = self.inner.alpha_loss(self._log_prob).mean()
         return loss, {"alpha": self.inner.log_alpha.detach().exp()}
 
-    def term_modules(self, term: str) -> list[nn.Module]:
-        if term == "alpha":
-            return [nn.ParameterList([self.inner.log_alpha])]
-        return super().term_modules(term)
+    def term_parameters(self, term: str) -> list[nn.Parameter]:
+        return [self.inner.log_alpha] if term == "alpha" else super().term_parameters(term)
 
 
 class TanhGaussianPolicy(Policy):

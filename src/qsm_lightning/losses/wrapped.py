@@ -16,8 +16,7 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import LossModule, ValueEstimators
 
-from qsm_lightning.losses.base import Metrics, OffPolicyLoss, check_gamma, check_tau
-from qsm_lightning.losses.diffusion import check_hidden
+from qsm_lightning.losses.base import Metrics, OffPolicyLoss, check_gamma, check_hidden, check_tau
 from qsm_lightning.networks import MLP
 from qsm_lightning.policy import Policy
 

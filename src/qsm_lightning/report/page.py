@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
-import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 
-from qsm_lightning import durable
+from qsm_lightning import durable, tables
 from qsm_lightning.figures import png
 from qsm_lightning.report import pictures
 from qsm_lightning.report.results import Comparison, Result
@@ -41,29 +40,25 @@ def table(summary: Summary) -> list[list[str]]:
 
 def markdown(summary: Summary) -> str:
     """The table in Markdown."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *table(summary)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return f"{tables.markdown(COLUMNS, table(summary))}\n"
 
 
 def table_csv(summary: Summary) -> str:
     """The table as CSV, in numbers."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
     ends = [f"{kind}_{part}" for kind in ("final", "best") for part in ("iqm", "low", "high")]
-    writer.writerow(["env", "algorithm", "runs", "frames", "final_mean", "final_deviation", *ends])
-    for row in summary.rows:
+    head = ["env", "algorithm", "runs", "frames", "final_mean", "final_deviation", *ends]
+
+    def numbers(row: Row) -> list[Any]:
         bands = [float(x) for band in (row.final, row.best) for x in (band.value, band.low, band.high)]
-        writer.writerow([row.env, row.label, row.runs, row.frames, row.mean, row.deviation, *bands])
-    return text.getvalue()
+        return [row.env, row.label, row.runs, row.frames, row.mean, row.deviation, *bands]
+
+    return tables.csv_text(head, map(numbers, summary.rows))
 
 
 def _bands_csv(head: list[str], bands: Iterable[tuple[tuple[str, ...], Band]]) -> str:
     """Quantities and the ends of their intervals as CSV, in numbers, one a line."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow([*head, "low", "high"])
-    writer.writerows([*names, float(b.value), float(b.low), float(b.high)] for names, b in bands)
-    return text.getvalue()
+    rows = ([*names, float(b.value), float(b.low), float(b.high)] for names, b in bands)
+    return tables.csv_text([*head, "low", "high"], rows)
 
 
 def aggregate_csv(summary: Summary) -> str:
@@ -78,15 +73,14 @@ def improvement_csv(summary: Summary) -> str:
 
 def evaluations_csv(comparison: Comparison) -> str:
     """Every evaluation of every run."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(["env", "algorithm", "seed", "frames", "return"])
-    for env, by_label in comparison.items():
-        for name, results in by_label.items():
-            for result in results:
-                points = zip(result.frames.astype(int), result.returns, strict=True)
-                writer.writerows([env, name, result.seed, frame, value] for frame, value in points)
-    return text.getvalue()
+    rows = (
+        [env, name, result.seed, frame, value]
+        for env, by_label in comparison.items()
+        for name, results in by_label.items()
+        for result in results
+        for frame, value in zip(result.frames.astype(int), result.returns, strict=True)
+    )
+    return tables.csv_text(["env", "algorithm", "seed", "frames", "return"], rows)
 
 
 def _html_table(head: list[str], rows: list[list[str]], numbers: int) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
@@ -25,6 +23,7 @@ from qsm_lightning.losses import ALGORITHMS
 from qsm_lightning.precision import precision_name
 from qsm_lightning.report.statistics import Array
 from qsm_lightning.resume import BEFORE
+from qsm_lightning.tables import csv_text
 
 VERSIONS = "versions.json"
 PRECISION = "trainer.precision"
@@ -107,7 +106,7 @@ def find(path: Path) -> list[Path]:
         SettingError: when there is none.
     """
     found = _below(path)
-    require(bool(found), f"RUNS has {str(path)!r}: there is no run of qsm-fit at or below it; name one that has")
+    require(found, f"RUNS has {str(path)!r}: there is no run of qsm-fit at or below it; name one that has")
     return found
 
 
@@ -332,9 +331,4 @@ def _evaluations(run: Path) -> str:
     """The rows and columns of a run's metrics that are evaluations, as CSV."""
     columns, found = runs.metrics(run / runs.METRICS)
     names = ["step", *(name for name in columns if name.startswith("eval"))]
-    rows = [row for row in found if row.get("eval/return")]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, names, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(names, ([row[name] for name in names] for row in found if row.get("eval/return")))

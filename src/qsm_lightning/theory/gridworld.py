@@ -102,7 +102,7 @@ def _check_reachable(cells: list[tuple[int, int]], after: Array, goal: int) -> N
         reached = wider
     row, column = cells[int(reached.argmin())]
     require(
-        bool(reached.all()),
+        reached.all(),
         f"map: no way leads from line {row + 1}, column {column + 1} to the goal; open a wall or make that cell one",
     )
 

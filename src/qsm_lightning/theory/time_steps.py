@@ -64,7 +64,7 @@ def measure(
 
 
 def _exact(problem: LinearQuadratic, dt: float, beta: float) -> Errors | None:
-    """Those of the fixed point; None where the value is infinite, as it may be in long steps."""
+    """The errors of the exact fixed point; None where the value is infinite, as it may be in long steps."""
     try:
         return errors_of(problem, discrete_policy_iteration(problem, dt, math.exp(-beta * dt)), problem.optimal())
     except SettingError:
@@ -72,6 +72,6 @@ def _exact(problem: LinearQuadratic, dt: float, beta: float) -> Errors | None:
 
 
 def _learned(problem: LinearQuadratic, dt: float, beta: float, updates: int, seed: int) -> Errors | None:
-    """Those of what is learned; None where learning diverges."""
+    """The errors of what is learned; None where learning diverges."""
     errors = learn(problem, dt, beta=beta, updates=updates, seed=seed).errors(problem, problem.optimal())
     return errors if all(map(math.isfinite, astuple(errors))) else None
