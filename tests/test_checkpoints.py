@@ -225,6 +225,7 @@ def test_everything_is_on_the_disk_before_a_checkpoint_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a power failure leaves a checkpoint with its name and without its content."""
+    folder = tmp_path / "version_0" / "checkpoints"
     synced: list[int] = []  # inodes: names change
     renamed: list[Path] = []
     real_sync, real_rename = os.fsync, os.rename
@@ -234,7 +235,7 @@ def test_everything_is_on_the_disk_before_a_checkpoint_has_its_name(
         real_sync(handle)
 
     def rename(one: Path, two: Path) -> None:
-        for path in (one / STATE, one / MANIFEST, one, tmp_path / REPLAY / chunk(0)):
+        for path in (one / STATE, one / MANIFEST, one, folder / REPLAY / chunk(0)):
             assert path.stat().st_ino in synced, f"{path} was not synced"
         assert synced.index(one.stat().st_ino) > synced.index((one / MANIFEST).stat().st_ino), "the names come last"
         synced.clear()
@@ -244,9 +245,10 @@ def test_everything_is_on_the_disk_before_a_checkpoint_has_its_name(
 
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(os, "rename", rename)
-    checkpoint = write(tmp_path, 30, replay=(0,))
+    checkpoint = write(folder, 30, replay=(0,))
     assert renamed == [checkpoint.path]
-    assert tmp_path.stat().st_ino in synced, "the name itself"
+    for parent in (folder, folder.parent, tmp_path):  # of a new run, all of them are new
+        assert parent.stat().st_ino in synced, "the name itself"
 
 
 # Order.
@@ -479,6 +481,25 @@ def test_setting_aside_twice_keeps_both(tmp_path: Path) -> None:
     second = write(tmp_path, 10)
     assert checkpoints.set_aside_after(second) == []
     assert checkpoints.set_aside_after(first) == [tmp_path / "000000010-1.aside"]
+
+
+def test_setting_aside_that_breaks_off_leaves_no_newest_of_another_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is the beginning of one history: the newest of it does not follow on what was set aside."""
+    first, second, *_ = [write(tmp_path, frames) for frames in (10, 20, 30, 40)]
+    left = iter([os.rename])
+
+    def rename(one: Path, two: Path) -> None:
+        next(left, broken)(one, two)
+
+    def broken(one: Path, two: Path) -> None:
+        raise Killed
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(Killed):
+        checkpoints.set_aside_after(first)
+    assert [checkpoint.order[0] for checkpoint in checkpoints.complete(tmp_path)] == [10, 20, 30]
 
 
 def test_only_files_of_replay_frames_are_removed_from_their_folder(tmp_path: Path) -> None:

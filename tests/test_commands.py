@@ -288,6 +288,7 @@ def test_help_and_print_config_read_well(command: Command) -> None:
     assert config["data"]["env"] == "dmc:quadruped/walk"
     assert config["data"]["num_envs"] == 2
     assert config["model"]["loss"]["init_args"]["m_q"] == "auto"
+    assert "target_entropy" in command("qsm-fit", "--model.loss.help", "sac").stdout
     assert "--episodes" in command("qsm-eval", "--help").stdout
 
 

@@ -38,7 +38,7 @@ def test_an_algorithm_is_chosen_by_its_name(loss: str, tmp_path: Path, monkeypat
     chosen = config["model"]["loss"]
     assert chosen["class_path"] == f"qsm_lightning.losses.{ALGORITHMS[loss].__name__}"
     assert (chosen["init_args"]["hidden"], chosen["init_args"]["gamma"]) == ([16, 16], 0.9)
-    assert config["model"]["actor_lr_decay_updates"] == (2_000_000 if loss in ("qsm", *CONTINUOUS) else 0)
+    assert config["model"]["actor_lr_decay_updates"] == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -46,9 +46,12 @@ def frames(size: int = 32, window: int = 1, seed: int = 0) -> TensorDict:
 
 
 def make(**settings: Any) -> CQSM:
-    """Without noise in the action's motion, unless it is given."""
+    """Without noise in the action's motion, unless it is given; with targets that differ from the critics."""
     torch.manual_seed(0)
-    return CQSM(O, A, (16, 16), **{"sigma": 0.0, **settings})
+    loss = CQSM(O, A, (16, 16), **{"sigma": 0.0, **settings})
+    for p in loss.target_critics.parameters():
+        p.data.mul_(1.3)
+    return loss
 
 
 def by_hand(loss: CQSM, batch: TensorDict, *index: int) -> dict[str, Any]:
@@ -178,6 +181,18 @@ def test_the_martingale_loss_is_an_integral_over_time() -> None:
     assert value.item() == pytest.approx(((q - y).square() @ dt).sum().item() / dt.sum().item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"evaluation": "trace", "window": 3}], ids=["one step", "trace"])
+def test_every_frame_counts_the_same_otherwise(settings: dict[str, Any]) -> None:
+    loss, batch = make(**settings), frames(8, settings.get("window", 1))
+    value, metrics = loss.qvalue_loss(batch)
+    z = batch["observation"][:, 0] if settings else batch["observation"]
+    y = loss.target(batch["observation"], batch)
+    with torch.no_grad():
+        q = loss.critics(*loss.split(z))
+    assert value.item() == pytest.approx((q - y).square().mean(1).sum().item(), rel=1e-5)
+    torch.testing.assert_close(metrics, {"q_mean": q.mean(), "q_std": q.std(), "target_mean": y.mean()})
+
+
 def test_a_finite_trajectory_is_worth_what_was_paid_and_its_end() -> None:
     """No discount, terminated at its last frame, whose reward has h."""
     running = torch.tensor([[1.0, 2.0, 3.0 + 10.0]])
@@ -246,10 +261,25 @@ def test_the_actor_goes_to_the_best_velocity(max_speed: float | None) -> None:
     assert torch.allclose(best, line[gains.argmax(-1)], atol=reach / 1500)
     unit = max_speed or 1.0
     batch = frames()
-    value, _ = loss.actor_loss(batch)
-    u = loss.score(batch["observation"])
-    expected = (u - loss.best_velocity(batch["observation"]) / unit).square().mean()
-    assert value.item() == pytest.approx(expected.item())
+    value, metrics = loss.actor_loss(batch)
+    u, best = loss.score(batch["observation"]), loss.best_velocity(batch["observation"])
+    assert value.item() == pytest.approx((u - best / unit).square().mean().item())
+    assert metrics["speed"].item() == pytest.approx(best.square().sum(-1).sqrt().mean().item())
+
+
+def test_no_velocity_is_beyond_the_greatest() -> None:
+    loss = make()
+    loss.score.layers[-1].weight.data *= 1000  # type: ignore[union-attr, operator, index]
+    u = loss.exploration_policy().act(torch.randn(64, O))  # type: ignore[operator]
+    assert u.abs().max() == 1
+
+
+def test_targets_follow_slowly() -> None:
+    loss = make(tau=0.25)
+    pairs = [*zip(loss.critics.parameters(), loss.target_critics.parameters(), strict=True)]
+    expected = [0.75 * target.detach() + 0.25 * online.detach() for online, target in pairs]
+    loss.update_targets()
+    assert all(torch.allclose(target, wanted) for (_, target), wanted in zip(pairs, expected, strict=True))
 
 
 LOOKING_AHEAD: list[dict[str, Any]] = [{"evaluation": kind, "window": 4} for kind in ("trace", "martingale")]

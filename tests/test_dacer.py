@@ -22,8 +22,12 @@ B, OBS, A = 32, 3, 2
 
 
 def made(**settings: Any) -> DACER:
+    """With targets that differ from what they follow."""
     torch.manual_seed(0)
-    return DACER(OBS, A, hidden=(16, 16), time_dim=8, T=3, **settings)
+    loss = DACER(OBS, A, hidden=(16, 16), time_dim=8, T=3, **settings)
+    for p in loss.target_critics.parameters():
+        p.data.mul_(1.3)
+    return loss
 
 
 def test_the_policy_climbs_the_smaller_critic_through_the_sampler() -> None:
@@ -77,6 +81,25 @@ def test_entropy_of_three_gaussians_apart() -> None:
 def test_actions_all_alike_have_a_finite_entropy() -> None:
     assert math.isfinite(mixture_entropy(np.ones((50, 2))))
     assert math.isnan(mixture_entropy(np.full((50, 2), np.nan))), "training has diverged"
+
+
+def test_the_entropy_is_the_mean_over_states_of_that_of_collected_actions(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, observation = made(entropy_samples=7), torch.rand(B, OBS) / 2
+    assert loss.target_entropy == -0.9 * A
+    spread = torch.linspace(-0.01, 0.01, 7 * B)[:, None]  # of the actions of a state, which tell the state
+    samples: list[np.ndarray] = []
+
+    def entropy(actions: np.ndarray, seed: int) -> float:
+        samples.append(actions)
+        return float(actions.mean())
+
+    monkeypatch.setattr("qsm_lightning.losses.dacer.mixture_entropy", entropy)
+    monkeypatch.setattr(loss, "next_action", lambda states: states[:, :A] + spread)
+    found = loss.entropy(observation)
+    assert [len(actions) for actions in samples] == [7] * B
+    for actions, state in zip(samples, observation, strict=True):
+        assert np.abs(actions - state[:A].numpy()).max() < 0.011
+    assert found.item() == pytest.approx((observation[:, :A].mean() + spread.mean()).item(), abs=1e-6)
 
 
 @pytest.mark.parametrize(("target", "sign"), [(50.0, -1), (-50.0, 1)])

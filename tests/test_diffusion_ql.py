@@ -17,8 +17,12 @@ B, OBS, A = 32, 3, 2
 
 
 def made(**settings: Any) -> DiffusionQL:
+    """With targets that differ from what they follow."""
     torch.manual_seed(0)
-    return DiffusionQL(OBS, A, hidden=(16, 16), time_dim=8, T=3, **settings)
+    loss = DiffusionQL(OBS, A, hidden=(16, 16), time_dim=8, T=3, **settings)
+    for p in (*loss.target_critics.parameters(), *loss.target_denoiser.parameters()):
+        p.data.mul_(1.3)
+    return loss
 
 
 def test_cloning_is_the_denoisers_loss() -> None:
@@ -48,6 +52,27 @@ def test_climbing_differentiates_through_the_sampler(first: bool) -> None:
     torch.testing.assert_close(value, expected)
     for gradient, wanted in zip(found, torch.autograd.grad(expected, list(loss.denoiser.parameters())), strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_the_actor_clones_the_buffer_and_climbs_one_critic_of_two() -> None:
+    loss, batch, chosen = made(eta=3.0), replay_batch(B), set()
+    observation, action = batch["observation"], batch["action"]
+    for seed in range(10):
+        torch.manual_seed(seed)
+        value, metrics = loss.actor_loss(batch)
+        torch.manual_seed(seed)
+        cloning = loss.cloning(observation, action, loss.random_steps(action), torch.randn(B, A))
+        first = torch.rand(()) < 0.5
+        climbing = loss.climbing(observation, first)
+        torch.testing.assert_close(value, cloning + 3.0 * climbing)
+        torch.testing.assert_close(metrics, {"bc_loss": cloning.detach(), "q_loss": climbing.detach()})
+        chosen.add(bool(first))
+    assert chosen == {True, False}
+
+
+def test_the_settings_of_the_sampler_are_those_of_the_slow_copy_too() -> None:
+    sampler = made(temperature=0.3, clip_sampler=False).target_sampler
+    assert (sampler.temperature, sampler.clip) == (0.3, False)
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torchrl._utils import seed_generator
 
+from qsm_lightning import envs
 from qsm_lightning.envs import ENVPOOL_EXTRA_KEYS, make_env, make_gym
 from qsm_lightning.errors import SettingError
+from tests.fake_envs import Clock
 from tests.helpers import needs_dmc, needs_envpool
 
 
@@ -68,12 +71,16 @@ def test_the_seed_decides_the_episode(name: str) -> None:
     assert not torch.equal(first[0], first[1]), "parallel environments share a seed"
 
 
-def test_actions_are_scaled_to_the_environments_bounds() -> None:
-    """Clock takes actions in [-2, 6] and returns them as the reward."""
+@pytest.mark.parametrize(("low", "mid", "high"), [(-2, 2, 6), (0, 0.5, 1), (-1, 0.5, 2), (-3, -1, 1)])
+def test_actions_are_scaled_to_the_environments_bounds(
+    low: float, mid: float, high: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clock returns its actions as the reward."""
+    monkeypatch.setattr(Clock, "action_space", gym.spaces.Box(low, high, (1,), np.float32))
     env = make_env("tests.fake_envs:Clock-v0")
-    for action, expected in ((-1.0, -2.0), (0.0, 2.0), (1.0, 6.0)):
+    for action, expected in ((-1.0, low), (0.0, mid), (1.0, high)):
         step = env.step(env.reset().set("action", torch.tensor([action])))
-        assert step["next", "reward"].item() == expected
+        assert step["next", "reward"].item() == pytest.approx(expected)
 
 
 def test_dictionary_observations_are_concatenated_in_sorted_order() -> None:
@@ -111,6 +118,32 @@ def test_dm_control_observations_with_rows_are_flattened(name: str, num_envs: in
     expected = np.concatenate([np.ravel(parts[key]) for key in sorted(parts)])
     np.testing.assert_allclose(observation[-1].numpy(), expected, rtol=1e-6)
     assert env.rollout(3)["next", "observation"].shape[-1] == len(expected)
+
+
+class Pool:
+    """In place of an environment of envpool's: returns its actions as rewards, and ends one episode in each way."""
+
+    action_space = gym.spaces.Box(-2, 6, (1,), np.float32)
+    terminated, truncated = np.array([False, True, False, True]), np.array([False, False, True, True])
+
+    def reset(self, ids: np.ndarray | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        return np.zeros((4 if ids is None else len(ids), 2)), {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        assert action.dtype == np.float32
+        return np.zeros((4, 2)), action[:, 0], self.terminated, self.truncated, {}
+
+
+def test_envpools_actions_and_ends_are_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time limit that comes with a terminal state does not count."""
+    envpool = SimpleNamespace(list_all_envs=lambda: ["Pool-v0"], make=lambda *_, **__: Pool())
+    monkeypatch.setattr(envs, "_require_extra", lambda *_: envpool)
+    env = make_env("envpool:Pool-v0", 4)
+    step = env.step(env.reset().set("action", torch.tensor([[-1.0], [0.0], [0.5], [1.0]])))["next"]
+    assert step["reward"][:, 0].tolist() == [-2, 2, 4, 6]
+    assert step["terminated"][:, 0].tolist() == [False, True, False, True]
+    assert step["truncated"][:, 0].tolist() == [False, False, True, False]
+    assert step["done"][:, 0].tolist() == [False, True, True, True]
 
 
 @needs_envpool

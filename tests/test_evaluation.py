@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from tensordict import TensorDictBase
 
 from qsm_lightning.datamodule import OffPolicyDataModule
+from qsm_lightning.distributed import Ranks
 from qsm_lightning.envs import make_env
 from qsm_lightning.evaluation import run_episodes, summary
 from qsm_lightning.losses import QSM
@@ -72,6 +74,31 @@ def test_seeds_differ_between_purposes_and_ranks() -> None:
     seeds = {derive_seed(seed, rank, purpose) for seed in range(5) for rank in range(4) for purpose in Purpose}
     assert len(seeds) == 5 * 4 * len(Purpose)
     assert derive_seed(1, 0, Purpose.TRAIN_ENV) == derive_seed(1, 0, Purpose.TRAIN_ENV)
+
+
+def test_each_rank_evaluates_the_candidates_asked_for_with_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else two ranks would evaluate with the same noise, on other starts."""
+    data = OffPolicyDataModule("Pendulum-v1", eval_episodes=2, eval_candidates=5, eval_selector="both")
+    module = OffPolicyModule(3, 1, partial(QSM, hidden=(8,), time_dim=4, T=2))
+    data.trainer = cast(Any, SimpleNamespace(lightning_module=module))
+    asked: list[tuple[str, int]] = []
+    seeds: list[tuple[int, int]] = []
+
+    def episodes(env: Any, policy: Any, env_seed: int, noise_seed: int, each_step: Any) -> dict[str, torch.Tensor]:
+        seeds.append((env_seed, noise_seed))
+        return {"return": torch.zeros(1), "length": torch.ones(1)}
+
+    monkeypatch.setattr(QSM, "evaluation_policy", lambda self, *how: asked.append(how))
+    monkeypatch.setattr("qsm_lightning.datamodule.run_episodes", episodes)
+    monkeypatch.setattr(Ranks, "gather", lambda self, mine: [mine])
+    monkeypatch.setattr(Ranks, "highest", lambda self, *numbers: numbers)
+    data.ranks.count = 2
+    for data.ranks.rank in (0, 1):
+        data.evaluate()
+    assert asked == [("sample", 5), ("best_of_n", 5)] * 2
+    first, other = set(seeds[:2]), set(seeds[2:])
+    assert len(first) == len(other) == 1, "both selectors on the same starts"
+    assert len({seed for pair in first | other for seed in pair}) == 4
 
 
 def test_no_environment_of_evaluation_starts_as_one_of_training(

@@ -29,7 +29,7 @@ def ranks_of(rank: int, count: int) -> Ranks:
 
 @pytest.mark.parametrize(
     ("collected", "share", "expected"),
-    [(0, 0.25, 0), (3, 0.25, 3), (6, 0.25, 6), (50, 0.25, 6), (50, 0.0, 8), (50, 1.0, 0)],
+    [(0, 0.25, 0), (3, 0.25, 3), (6, 0.25, 6), (50, 0.25, 6), (50, 0.2, 6), (50, 0.3, 6), (50, 0.0, 8), (50, 1.0, 0)],
 )
 def test_a_minibatch_has_the_datasets_share_and_more_while_frames_are_few(
     collected: int, share: float, expected: int

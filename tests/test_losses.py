@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import ALGORITHMS, QSM, OffPolicyLoss, QSMLoss
 from qsm_lightning.losses.base import polyak_update
+from qsm_lightning.messages import loss_settings
+from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy
+from qsm_lightning.sampler import reverse_process
 from qsm_lightning.schedule import NoiseSchedule
 from tests.helpers import replay_batch
 
@@ -91,9 +94,96 @@ def test_critic_loss_and_gradient_in_closed_form() -> None:
     q = torch.stack([-(batch["action"] - 0.5).square().sum(-1) / 2, -(batch["action"] + 0.2).square().sum(-1) / 2 + 3])
     value, metrics = loss.qvalue_loss(batch)
     torch.testing.assert_close(value, (q[0] - y).square().mean() + (q[1] - y).square().mean())
-    torch.testing.assert_close(metrics["q_mean"], q.mean())
+    expected = {"q_mean": q.mean(), "q_std": q.std(), "td_target_mean": y.mean()}
+    expected |= {"q_disagreement": (q[0] - q[1]).abs().mean()}
+    torch.testing.assert_close(metrics, expected)
     value.backward()
     torch.testing.assert_close(loss.critics.offset.grad[:, 0], 2 * (q - y).mean(1))  # type: ignore[union-attr, index]
+
+
+def test_the_actors_metrics_by_hand() -> None:
+    loss, batch = quadratic_loss(), replay_batch(B)
+    torch.manual_seed(1)
+    _, metrics = loss.actor_loss(batch)
+    torch.manual_seed(1)
+    t = loss.random_steps(batch["action"])
+    noisy = loss.schedule.add_noise(batch["action"], t, torch.randn(B, A))
+    assert t.unique().tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(metrics["q_grad_norm"], (0.15 - noisy).square().sum(-1).sqrt().mean())
+    torch.testing.assert_close(metrics["eps_norm"], (0.4 * noisy).square().sum(-1).sqrt().mean())
+
+
+def test_the_settings_of_the_sampler_reach_the_policies() -> None:
+    torch.manual_seed(0)
+    loss = QSM(OBS, A, T=4, temperature=0.3, clip_sampler=False, **SMALL)  # type: ignore[arg-type]
+    observation, noise = torch.randn(64, OBS), 0.1 * torch.randn(5, 64, A)  # few actions end at the bounds
+
+    def sampled(temperature: float, clip: bool) -> Tensor:
+        steps = reverse_process(
+            loss.denoiser, loss.schedule, observation, noise[-1], noise[:-1], temperature=temperature, clip=clip
+        )
+        return steps[-1].clamp(-1, 1)
+
+    policy = cast(DiffusionPolicy, loss.evaluation_policy())
+    with torch.no_grad():
+        assert torch.equal(policy.act(observation, noise), sampled(0.3, False))
+        assert not torch.equal(sampled(0.3, False), sampled(1.0, False))
+        assert not torch.equal(sampled(0.3, False), sampled(0.3, True))
+
+
+def test_the_next_action_has_noise_in_every_frame_and_component() -> None:
+    loss = QSM(OBS, A, action_noise=0.5, **SMALL)  # type: ignore[arg-type]
+    observation = torch.randn(B, OBS)
+    torch.manual_seed(1)
+    found = loss.next_action(observation)
+    torch.manual_seed(1)
+    sample = loss.sampler(observation)
+    assert torch.equal(found, (sample + 0.5 * torch.randn(B, A)).clamp(-1, 1))
+
+
+@pytest.mark.parametrize("name", ["qsm", "sdac", "td3"])
+def test_collecting_has_the_noise_of_the_setting(name: str) -> None:
+    sizes: dict[str, Any] = {"hidden": (8,), "action_noise": 0.3}
+    policy = cast(ExplorationPolicy, ALGORITHMS[name](OBS, A, **sizes).exploration_policy())
+    assert policy.noise_std == 0.3
+
+
+def test_the_best_of_n_is_chosen_by_the_critics_under_training() -> None:
+    loss = QSM(OBS, A, **SMALL)  # type: ignore[arg-type]
+    policy = cast(BestOfNPolicy, loss.evaluation_policy("best_of_n", 4))
+    assert policy.critics is loss.critics
+    assert policy.n == 4
+
+
+# As docs/baselines.md and docs/algorithm.md have them from the papers and their authors' code.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "qsm": {
+        **{"hidden": (512, 512), "time_dim": 64, "schedule": "vp", "T": 5, "gamma": 0.99, "tau": 0.005},
+        **{"m_q": 50.0, "score_at": "noisy", "q_grad": "mean", "bc_coef": 0.0, "batch_temperature": 0.1},
+        **{"m_q_slope": 0.3, "m_q_lr": 3e-3, "temperature": 1.0, "clip_sampler": True, "action_noise": 0.1},
+    },
+    "sac": {"hidden": (512, 512), "gamma": 0.99, "tau": 0.005, "alpha_init": 1.0, "target_entropy": None},
+    "td3": {"policy_delay": 2, "policy_noise": 0.2, "noise_clip": 0.5, "action_noise": 0.1, "tau": 0.005},
+    "diffusion_ql": {"eta": 200.0, "max_q_backup": 1, "T": 5, "schedule": "vp", "tau": 0.005},
+    "sdac": {"entropy_coef": 5.0, "reverse_samples": 64, "candidates": 4, "T": 5, "action_noise": 0.1},
+    "dacer": {
+        **{"alpha_init": 3.0, "alpha_lr": 3e-2, "alpha_every": 10_000, "entropy_samples": 200, "policy_delay": 2},
+        "target_entropy": None,
+    },
+    "cqsm": {
+        **{"regularization": 0.1, "discount_rate": 0.2, "tau": 0.005, "max_speed": 20.0, "sigma": 0.5},
+        **{"evaluation": "orthogonality", "window": 1, "trace_rate": 1.0},
+    },
+    "cqsm_diffusion": {"regularization": 0.02, "discount_rate": 0.2, "score_at": "noisy", "tau": 0.005},
+}
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_settings_that_are_not_given_are_the_documented_ones(name: str) -> None:
+    found = loss_settings(ALGORITHMS[name])
+    assert {setting: found[setting] for setting in DEFAULTS[name]} == DEFAULTS[name]
+    assert ALGORITHMS[name].actor_lr_decay_updates == (2_000_000 if "qsm" in name else 0)
+    assert ALGORITHMS[name].selectors == (("sample",) if name in ("sac", "td3", "cqsm") else ("sample", "best_of_n"))
 
 
 def test_gradient_step_moves_actions_uphill() -> None:

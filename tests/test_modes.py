@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ pytest.importorskip("sklearn", reason="the extra modes is not installed")
 
 from qsm_lightning.cli import fit
 from qsm_lightning.commands import modes as command
-from qsm_lightning.commands.trained import load
+from qsm_lightning.commands.trained import Trained, load
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import ALGORITHMS, QSM, SAC
 from qsm_lightning.modes import Sampled, _components, dip, find_modes, spread
 from qsm_lightning.modes_picture import draw_modes, project
+from qsm_lightning.module import OffPolicyModule
+from qsm_lightning.seeding import Purpose, derive_seed
 from tests.compare import last
 from tests.helpers import SHRINK, has
 
@@ -237,6 +240,46 @@ def test_states_are_those_of_an_episode_of_the_first_run(hoppers: list[str]) -> 
     other = command.reference_states(load(hoppers[1]), [0, 1], seed=0)
     assert torch.equal(other[0][1], states[0][1]), "the same start"
     assert not torch.equal(other[1][1], states[1][1]), "another action"
+
+
+def untrained(loss: Any = QSM, **settings: Any) -> Trained:
+    module = OffPolicyModule(3, 1, partial(loss, hidden=(16, 16)), **settings)
+    return Trained(Path("state.ckpt"), module, {"env": "Pendulum-v1"}, 0)
+
+
+def test_the_episode_has_random_streams_of_its_own() -> None:
+    """Its states are those of an episode from their seeds, which neither training nor evaluation has."""
+    run = untrained()
+    env = run.make_env()
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(3, 0, Purpose.REPORT_NOISE))
+        env.set_seed(derive_seed(3, 0, Purpose.REPORT_ENV))
+        expected = env.rollout(3, run.module.loss.evaluation_policy())["observation"]
+    states = command.reference_states(run, [0, 1, 2], seed=3)
+    assert torch.equal(torch.stack([state for _, state in states]), expected)
+
+
+def test_each_step_has_noise_of_its_own() -> None:
+    run, state = untrained(), torch.zeros(3)
+    first, again, second = (command._measure(run, step, state, 50, seed=0).actions for step in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, second)
+
+
+def test_the_averaged_weights_act() -> None:
+    """Whatever the trained ones are."""
+    run, state = untrained(SAC, ema=0.9), torch.ones(3)
+
+    def found() -> tuple[np.ndarray, torch.Tensor]:
+        return command.sample(run, state, 50, seed=0), command.reference_states(run, [5], seed=0)[0][1]
+
+    before = found()
+    for weights, same in ((run.module.loss, True), (run.module.averages, False)):
+        with torch.no_grad():
+            for p in weights.parameters():
+                p.zero_()
+        assert np.array_equal(before[0], found()[0]) == same
+        assert torch.equal(before[1], found()[1]) == same
 
 
 UMAP = [pytest.mark.slow, pytest.mark.skipif(not has("umap"), reason="the extra umap is not installed")]  # compiles

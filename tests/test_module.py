@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +66,21 @@ def test_monitors_of_what_evaluations_or_the_users_callbacks_log() -> None:
         """May log it."""
 
     module.check_callbacks(Trainer(logger=False, callbacks=[EarlyStopping("own/metric"), Own()]), data)
+
+
+def test_what_is_logged_is_of_the_evaluated_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean and deviation of the returns and the mean length, of each selector."""
+    episodes = {"eval": ([1.0, 4.0, 10.0], [10.0, 20.0, 90.0]), "eval_best_of_n": ([2.0, 2.0, 8.0], [1.0, 2.0, 6.0])}
+    given = iter([dict(zip(("return", "length"), map(torch.tensor, one), strict=True)) for one in episodes.values()])
+    monkeypatch.setattr("qsm_lightning.datamodule.run_episodes", lambda *_: next(given))
+    data = OffPolicyDataModule("Pendulum-v1", 1, 1, 9, 8, 8, eval_every_frames=9, eval_selector="both", eval_episodes=3)
+    trainer = quiet_trainer(tmp_path)
+    trainer.fit(OffPolicyModule(3, 1, SMALL), data)
+    logged = trainer.callback_metrics
+    for prefix, (returns, lengths) in episodes.items():
+        expected = statistics.mean(returns), statistics.pstdev(returns), statistics.mean(lengths)
+        found = [logged[f"{prefix}/{name}"].item() for name in ("return", "return_std", "length")]
+        assert found == pytest.approx(expected)
 
 
 def clipped(gradients: list[torch.Tensor], value: float, algorithm: str | None) -> list[torch.Tensor]:

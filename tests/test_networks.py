@@ -36,6 +36,11 @@ def test_fourier_features_take_the_integer_time() -> None:
     assert torch.equal(features(t)[0], torch.tensor([1.0] * 4 + [0.0] * 4))
 
 
+def test_fourier_features_begin_with_a_deviation_of_a_fifth() -> None:
+    torch.manual_seed(0)
+    assert math.isclose(FourierFeatures(40_000).weight.std().item(), 0.2, rel_tol=0.02)
+
+
 def test_one_time_index_serves_the_whole_batch() -> None:
     torch.manual_seed(0)
     denoiser, observation, action = Denoiser(3, 2, (8,)), torch.randn(5, 3), torch.randn(5, 2)

@@ -28,6 +28,7 @@ from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import QSM, SAC
 from qsm_lightning.module import OffPolicyModule
 from qsm_lightning.replay import FRAME_KEYS
+from qsm_lightning.seeding import Purpose, derive_seed
 from tests.compare import assert_same, state
 from tests.conftest import Command, FullDisk
 from tests.fake_envs import Clock
@@ -102,6 +103,28 @@ def test_what_is_saved_is_read_again(tmp_path: Path) -> None:
     frames = replay_batch(20)
     datasets.save_npz(tmp_path / "data.npz", frames)
     assert equal(datasets.load(str(tmp_path / "data.npz"), 3, 2), frames)
+    with np.load(tmp_path / "data.npz") as file:
+        terminals, timeouts = file["terminals"], file["timeouts"]
+    assert terminals.any()
+    assert timeouts.any()
+    assert not (terminals & timeouts).any(), "an episode ends in one way"
+    assert ((terminals | timeouts) == frames["next", "done"].squeeze(-1).numpy()).all()
+
+
+@pytest.mark.parametrize("key", FRAME_KEYS, ids=str)
+def test_a_fingerprint_is_of_all_that_is_learned_from(key: Any) -> None:
+    frames = replay_batch(20)
+    changed = frames.clone()
+    changed[key][-1] = changed[key][-1] == 0
+    assert datasets.fingerprint(frames) == datasets.fingerprint(frames.clone()) != datasets.fingerprint(changed)
+
+
+def test_a_dataset_has_a_transition_for_every_rank(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **arrays())  # type: ignore[arg-type]
+    data = OffPolicyDataModule(CLOCK, dataset=str(tmp_path / "data.npz"), batch_size=110)
+    data.check_ranks(10)
+    with pytest.raises(SettingError, match="data.dataset has 10 transitions: each of 11 processes needs one"):
+        data.check_ranks(11)
 
 
 @pytest.mark.skipif(not has("minari"), reason="the extra offline is not installed")
@@ -513,6 +536,19 @@ def test_which_actions_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyP
     value = {kind: critics(frames["observation"], frames["action"]).min(0).values for kind, frames in found.items()}
     assert value["best_of_n"][0] > value["sample"][0], "in the same state"
     assert not equal(found["sample"], found["exploration"])
+
+
+def test_what_is_collected_has_random_streams_of_its_own(tmp_path: Path) -> None:
+    """Of starts and of noise, which neither training nor evaluation has."""
+    module = OffPolicyModule(3, 1, partial(QSM, hidden=(8,), time_dim=4, T=2))
+    loaded = Trained(tmp_path, module, {"env": "Pendulum-v1"}, 0)
+    noise: set[int] = set()
+    module.loss.denoiser.fourier.register_forward_pre_hook(lambda *_: noise.add(torch.initial_seed()))
+    found, _ = collect.collect(loaded, 5, seed=3)
+    assert noise == {derive_seed(3, 0, Purpose.DATASET_NOISE)}
+    env = loaded.make_env()
+    env.set_seed(derive_seed(3, 0, Purpose.DATASET_ENV))
+    assert torch.equal(found["observation"][0], env.reset()["observation"])
 
 
 def test_actions_that_the_algorithm_lacks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins import MixedPrecision
 from tensordict import TensorDict
 from torch import Tensor
+from torch.nn import functional as F
 
 from qsm_lightning import callbacks as cb
 from qsm_lightning import checkpoints
@@ -21,12 +23,12 @@ from qsm_lightning.commands import evaluate
 from qsm_lightning.datamodule import OffPolicyDataModule
 from qsm_lightning.errors import SettingError, TrainingFault
 from qsm_lightning.evaluation import run_episodes
-from qsm_lightning.losses import QSM, QSMLoss
+from qsm_lightning.losses import ALGORITHMS, CQSM, QSM, SDAC, DiffusionQL, QSMLoss
 from qsm_lightning.module import OffPolicyModule
-from qsm_lightning.networks import Critics, Denoiser
+from qsm_lightning.networks import MLP, Critics, Denoiser
 from qsm_lightning.precision import check_precision
 from tests.compare import differences, state
-from tests.helpers import SHRINK
+from tests.helpers import SHRINK, replay_batch
 from tests.processes import trained
 from tests.test_parity import CASES, rebuilt
 
@@ -104,6 +106,72 @@ def test_targets_and_action_gradients_are_float32_under_autocast(case: str, dtyp
     full, low = (losses(loss, parity_batch(x), d) for d in (None, dtype))
     for key in ("td_target_mean", "q_grad_norm"):
         assert torch.equal(full[key], low[key])
+
+
+FULL: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor, Tensor], Any]]] = {
+    "qsm slope_left": (
+        lambda: QSM(3, 2, **SIZES, m_q="auto", score_at="denoised"),
+        lambda loss, s, a: loss.slope_left(s, a, torch.randn_like(a)),
+    ),
+    "sdac next_action": (lambda: SDAC(3, 2, **SIZES), lambda loss, s, a: loss.next_action(s)),
+    "sdac target_noise": (
+        lambda: SDAC(3, 2, **SIZES),
+        lambda loss, s, a: loss.target_noise(s, a, torch.zeros(len(a), dtype=torch.long), torch.randn(8, *a.shape)),
+    ),
+    "diffusion_ql next_action": (lambda: DiffusionQL(3, 2, **SIZES), lambda loss, s, a: loss.next_action(s)),
+    "diffusion_ql climbing": (
+        lambda: DiffusionQL(3, 2, **SIZES),
+        lambda loss, s, a: loss.climbing(s, torch.tensor(True)),
+    ),
+    "dacer next_action": (lambda: ALGORITHMS["dacer"](3, 2, **SIZES), lambda loss, s, a: loss.next_action(s)),
+    "dacer climbing": (lambda: ALGORITHMS["dacer"](3, 2, **SIZES), lambda loss, s, a: loss.climbing(s)),
+    "dacer entropy": (
+        lambda: ALGORITHMS["dacer"](3, 2, **SIZES, entropy_samples=5),
+        lambda loss, s, a: loss.entropy(s[:4]),
+    ),
+    "cqsm target": (lambda: CQSM(3, 2, (8, 8)), lambda loss, s, a: loss.target(s, timed_batch(s, a))),
+    "cqsm best_velocity": (lambda: CQSM(3, 2, (8, 8)), lambda loss, s, a: loss.best_velocity(s)),
+}
+
+
+def timed_batch(observation: Tensor, action: Tensor) -> TensorDict:
+    """Frames with a time step, of an action that is part of the observation."""
+    batch = replay_batch(len(action), 3, 2)
+    batch["observation"], batch["action"] = observation, action
+    batch["next", "time_step"] = torch.full((len(action), 1), 0.05)
+    return batch
+
+
+@pytest.mark.parametrize("what", FULL)
+def test_what_is_compared_with_is_in_full_precision(what: str) -> None:
+    """Bitwise what it is without autocast."""
+    if what.startswith("dacer"):
+        pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    make, call = FULL[what]
+    loss, observation, action = make(), torch.randn(16, 3), torch.rand(16, 2)
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(call(loss, observation, action))
+    assert torch.equal(*results)
+
+
+def test_first_and_last_layers_are_in_full_precision_and_those_between_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mlp, seen, linear = MLP([3, 8, 8, 8, 2], torch.relu), [], F.linear
+
+    def watched(*args: Any) -> Tensor:
+        out = linear(*args)
+        seen.append(out.dtype)
+        return out
+
+    monkeypatch.setattr(F, "linear", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        mlp(torch.randn(5, 3))
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize(

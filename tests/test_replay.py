@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def test_a_ring_comes_back_frame_by_frame(steps: list[int], storage: str, tmp_pa
 
 
 @pytest.mark.parametrize("storage", ["memory", "memmap"])
+def test_a_ring_takes_the_bytes_of_its_frames_and_no_more(storage: str, tmp_path: Path) -> None:
+    buffer = make_replay_buffer(1000, str(tmp_path) if storage == "memmap" else None)
+    buffer.extend(frames(0, 1))
+    held = buffer._storage._storage
+    assert sum(leaf.untyped_storage().nbytes() for leaf in held.values(True, True)) == 1000 * frame_bytes(1, 1)
+
+
+@pytest.mark.parametrize("storage", ["memory", "memmap"])
 def test_content_and_samples_are_torchrls(storage: str, tmp_path: Path) -> None:
     """Whatever is added when, in pieces of any size, around the end of the ring, and sampled in between."""
     capacity = 37
@@ -94,6 +103,22 @@ def test_a_save_writes_what_is_new_and_nothing_else(tmp_path: Path, monkeypatch:
         assert count * frame_bytes(1, 1) <= sum(written) < count * frame_bytes(1, 1) + names_and_headers
         assert bool(written) == bool(count)
         written.clear()
+
+
+def test_a_files_name_is_on_the_disk_when_it_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power failure leaves a checkpoint that lists a file which is not there."""
+    synced: list[tuple[int, list[str]]] = []  # with the names that were in the folder then
+    sync = os.fsync
+
+    def noted(handle: int) -> None:
+        synced.append((os.fstat(handle).st_ino, [path.name for path in tmp_path.iterdir()]))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    buffer = make_replay_buffer(10)
+    buffer.extend(frames(0, 3))
+    (chunk,) = ReplayArchive(tmp_path).save(buffer)
+    assert (tmp_path.stat().st_ino, [chunk.file]) in synced
 
 
 def test_large_amounts_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

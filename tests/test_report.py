@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from qsm_lightning.commands import report
 from qsm_lightning.errors import SettingError
 from qsm_lightning.report import pictures, results
 from qsm_lightning.report.statistics import improvement, interval, iqm, share
-from qsm_lightning.report.summary import LEVELS, summarize
+from qsm_lightning.report.summary import LEVELS, Band, Summary, summarize
 from tests.conftest import FullDisk
 from tests.helpers import SHRINK
 from tests.processes import trained
@@ -95,7 +96,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def make(config: dict[str, Any], tmp_path: Path) -> Make:
     """Write a run with given settings (dotted, under model, data or the top) and returns by frame."""
 
-    def write(name: str, returns: dict[int, float], versions: dict[str, str] | None = None, **settings: Any) -> Path:
+    def write(folder: str, returns: dict[int, float], versions: dict[str, str] | None = None, **settings: Any) -> Path:
         changed = json.loads(json.dumps(config))
         for key, value in settings.items():
             *path, last = key.split("__")
@@ -103,7 +104,7 @@ def make(config: dict[str, Any], tmp_path: Path) -> Make:
             for part in path:
                 node = node[part]
             node[last] = value
-        run = tmp_path / name
+        run = tmp_path / folder
         run.mkdir(parents=True)
         (run / "config.yaml").write_text(yaml.safe_dump(changed))
         (run / "versions.json").write_text(json.dumps(versions or {"mujoco": "3.17.0"}))
@@ -115,6 +116,13 @@ def make(config: dict[str, Any], tmp_path: Path) -> Make:
         return run
 
     return write
+
+
+def summary_of(folder: Path) -> Summary:
+    """The figures of the runs below a folder."""
+    found = [r for f in results.find(folder) if (r := results.read(f, "sample"))]
+    comparison, _ = results.compare(zip(results.label(found), found, strict=True))
+    return summarize(comparison)
 
 
 SAC, TD3 = ({"model__loss": {"class_path": f"qsm_lightning.losses.{name}", "init_args": {}}} for name in ("SAC", "TD3"))
@@ -135,24 +143,53 @@ def test_names_tell_what_differs(make: Make) -> None:
     assert results.label(found) == ["qsm"] * 3, "three names of one precision"
 
 
+def test_what_changes_nothing_that_is_learned_makes_no_other_algorithm(make: Make) -> None:
+    other = {
+        **{"name": "other", "ckpt_path": "a/state.ckpt", "resume": "a", "trust": True, "seed_everything": 1},
+        **{"checkpoint__every_frames": 7, "metrics__every_frames": 7, "picture__samples": 7, "model__compile": True},
+        **{"trainer__accelerator": "cpu", "trainer__max_time": "1h", "trainer__default_root_dir": "b"},
+        **{"data__total_frames": 70, "data__storage": "memmap", "data__storage_dir": "c", "data__save_buffer": False},
+        **{"data__eval_every_frames": 7, "data__eval_episodes": 7, "data__eval_candidates": 7},
+        **{"data__env_processes": True, "data__env_timeout": 7.0, "data__env_restarts": 7},
+        **{"data__rank_timeout": 7.0, "data__rounds_per_batch": 7},
+    }
+    found = [r for run in (make("a", {10: 1}), make("b", {10: 1}, **other)) if (r := results.read(run, "sample"))]
+    assert results.label(found) == ["qsm", "qsm"]
+    assert found[0].compared == found[1].compared
+
+
 def test_the_table_ends_where_all_were_evaluated(make: Make, tmp_path: Path) -> None:
     """And says final and best apart, as numbers that a reader can recompute."""
     for seed, scale in enumerate((1.0, 2.0, 4.0)):
-        make(f"all/q{seed}", {10: 5 * scale, 20: 9 * scale, 30: 7 * scale, 40: 100}, seed_everything=seed)
-    make("all/s0", {10: 1, 30: 6.0}, seed_everything=0, **SAC)
+        make(f"all/q{seed}", {10: 9 * scale, 20: 50 * scale, 30: 7 * scale, 40: 100}, seed_everything=seed)
+    make("all/s0", {10: 8.0, 30: 6.0}, seed_everything=0, **SAC)
     report.run([str(tmp_path / "all"), "--out", str(tmp_path / "out")])
     with (tmp_path / "out/table.csv").open() as file:
         qsm, sac = csv.DictReader(file)
     assert (qsm["algorithm"], qsm["runs"], qsm["frames"]) == ("qsm", "3", "30")
-    finals = [7.0, 14.0, 28.0]
+    finals, bests = [7.0, 14.0, 28.0], [9.0, 18.0, 36.0]  # at 20 not all were evaluated
     assert float(qsm["final_mean"]) == float(qsm["final_iqm"]) == pytest.approx(np.mean(finals))
     assert float(qsm["final_deviation"]) == pytest.approx(np.std(finals, ddof=1))
-    assert float(qsm["best_iqm"]) == pytest.approx(np.mean(finals)), "20 was not evaluated by all"
-    assert 7 <= float(qsm["final_low"]) < float(qsm["final_iqm"]) < float(qsm["final_high"]) <= 28
-    assert (sac["final_iqm"], sac["final_low"]) == ("6.0", "nan")
-    assert "| Pendulum-v1 | sac | 1 | 30 | 6.0 | 6.0 | 6.0 |" in (tmp_path / "out/table.md").read_text()
+    assert float(qsm["best_iqm"]) == pytest.approx(np.mean(bests))
+    for kind, three in (("final", finals), ("best", bests)):  # of three runs the interval is from least to greatest
+        assert [float(qsm[f"{kind}_{end}"]) for end in ("low", "high")] == [min(three), max(three)]
+    assert (sac["final_iqm"], sac["final_low"], sac["best_iqm"]) == ("6.0", "nan", "8.0")
+    table = (tmp_path / "out/table.md").read_text()
+    assert "| qsm | 3 | 30 | 16.3 [7.0, 28.0] | 16.3 ± 10.7 | 21.0 [9.0, 36.0] |" in table
+    assert "| Pendulum-v1 | sac | 1 | 30 | 6.0 | 6.0 | 8.0 |" in table
+
+
+def test_every_evaluation_is_listed(make: Make, tmp_path: Path) -> None:
+    written = {("qsm", 5): {10: -3.0, 20: 2.5}, ("qsm", 6): {10: 4.0, 20: 7.0}, ("sac", 5): {10: 1.0, 20: -8.0}}
+    for (name, seed), returns in written.items():
+        make(f"all/{name}{seed}", returns, seed_everything=seed, **(SAC if name == "sac" else {}))
+    report.run([str(tmp_path / "all"), "--out", str(tmp_path / "out")])
     with (tmp_path / "out/evaluations.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 3 * 4 + 2, "all of them"
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert {row["env"] for row in rows} == {"Pendulum-v1"}
+    for row in rows:
+        assert written[row["algorithm"], int(row["seed"])][int(row["frames"])] == float(row["return"])
 
 
 def test_tasks_are_taken_together_by_scaled_returns(make: Make, tmp_path: Path) -> None:
@@ -169,6 +206,53 @@ def test_tasks_are_taken_together_by_scaled_returns(make: Make, tmp_path: Path) 
     assert summary.aggregate["qsm"].value == pytest.approx(np.mean(sorted(scaled)[1:3]))
     expected = [(np.array(scaled) > level).mean() for level in LEVELS]
     assert summary.profiles["qsm"].value == pytest.approx(expected)
+
+
+def test_equal_returns_are_scaled_to_0(make: Make, tmp_path: Path) -> None:
+    for seed in range(2):
+        make(f"q{seed}", {10: 5.0}, seed_everything=seed)
+    assert summary_of(tmp_path).aggregate == {"qsm": Band(np.array(0.0), np.array(0.0), np.array(0.0))}
+
+
+def along_lines(figure: Figure) -> dict[str, list[float]]:
+    """What is drawn along each labelled horizontal line: the ends of the interval and the value."""
+    (axis,) = figure.axes
+    names = dict(zip(axis.get_yticks(), (text.get_text() for text in axis.get_yticklabels()), strict=True))
+    found: dict[str, list[float]] = {name: [] for name in names.values()}
+    for line in axis.get_lines():
+        x, y = np.asarray(line.get_xydata()).T
+        if (y == y[0]).all():  # not the upright line at one half
+            found[names[y[0]]] += x.tolist()
+    return found
+
+
+def test_pictures_show_the_figures(make: Make, tmp_path: Path) -> None:
+    """Read back off their axes."""
+    for seed in range(3):
+        make(f"q{seed}", {10: 1.0 + seed, 20: 2.0 + seed**2}, seed_everything=seed)
+        make(f"s{seed}", {10: 9.0 - seed, 20: 8.0 - seed}, seed_everything=seed, **SAC)
+        make(f"t{seed}", {10: 4.0 * seed, 20: 3.0 * seed}, seed_everything=seed, **TD3)
+    summary = summary_of(tmp_path)
+    curves = summary.curves["Pendulum-v1"]
+    for figure, bands, x in (
+        (pictures.learning_curves(summary), curves, np.array([0.01, 0.02])),
+        (pictures.profiles(summary), summary.profiles, LEVELS),
+    ):
+        axis = figure.axes[0]
+        assert {line.get_label() for line in axis.get_lines()} == {"qsm", "sac", "td3"}
+        for line, area in zip(axis.get_lines(), axis.collections, strict=True):
+            band = bands[str(line.get_label())]
+            np.testing.assert_allclose(np.asarray(line.get_xydata()).T, [x, band.value])
+            corners = np.asarray(area.get_paths()[0].vertices)
+            for place, low, high in zip(x, band.low, band.high, strict=True):
+                ys = corners[np.isclose(corners[:, 0], place), 1]
+                assert (ys.min(), ys.max()) == pytest.approx((low, high))
+    both = {name: [band.low, band.high, band.value] for name, band in summary.aggregate.items()}
+    assert along_lines(pictures.aggregate(summary)) == both
+    assert len({band.value.item() for band in summary.aggregate.values()}) == 3
+    above = {f"{a} above {b}": [band.low, band.high, band.value] for (a, b), band in summary.improvements.items()}
+    assert along_lines(pictures.improvements(summary)) == above
+    assert above["qsm above sac"][2] == pytest.approx(1 / 18), "one pair of the nine is a tie"
 
 
 def test_the_page_needs_nothing_else(make: Make, tmp_path: Path) -> None:
@@ -208,9 +292,7 @@ def test_pictures_of_an_earlier_report_do_not_stay(make: Make, tmp_path: Path) -
 def test_no_two_labels_look_alike(make: Make, tmp_path: Path) -> None:
     for i in range(20):
         make(f"q{i}", {10: 1.0, 20: 2.0}, model__loss__init_args__m_q=i + 1)
-    found = [r for f in results.find(tmp_path) if (r := results.read(f, "sample"))]
-    comparison, _ = results.compare(zip(results.label(found), found, strict=True))
-    figure = pictures.learning_curves(summarize(comparison))
+    figure = pictures.learning_curves(summary_of(tmp_path))
     lines = [(line.get_color(), line.get_marker()) for line in figure.axes[0].get_lines()]
     assert len(lines) == len(set(lines)) == 20
 
@@ -234,9 +316,7 @@ def test_the_legend_is_on_the_picture(count: int, make: Make, tmp_path: Path) ->
     """However many labels there are, and however long."""
     for i in range(count):
         make(f"q{i}", {10: 1.0, 20: 2.0}, model__loss__init_args__a_setting_with_a_name_that_is_long_for_a_legend=i)
-    found = [r for f in results.find(tmp_path) if (r := results.read(f, "sample"))]
-    comparison, _ = results.compare(zip(results.label(found), found, strict=True))
-    figure = pictures.learning_curves(summarize(comparison))
+    figure = pictures.learning_curves(summary_of(tmp_path))
     FigureCanvasAgg(figure).draw()
     (legend,) = figure.legends
     assert len(legend.get_texts()) == count
@@ -300,6 +380,16 @@ def test_what_is_kept_is_replaced_by_the_same_run_only_and_by_no_shorter_one(mak
     with pytest.raises(SettingError, match="QSM/seed=0 is not a run of qsm-fit that can be read"):
         kept_with("long")
     assert config.read_text() == "- damaged"
+
+
+def test_what_is_kept_is_replaced_by_one_as_long(make: Make, tmp_path: Path) -> None:
+    for value in (2.0, 3.0):
+        found = results.read(make(f"{value}", {10: value}), "sample")
+        assert found is not None
+        results.archive({found.env: {"qsm": [found]}}, tmp_path / "kept")
+    kept = results.read(tmp_path / "kept/Pendulum-v1/qsm/seed=0", "sample")
+    assert kept is not None
+    assert kept.returns.tolist() == [3.0]
 
 
 @pytest.mark.parametrize("option", ["--out", "--archive"])
@@ -480,8 +570,7 @@ def test_a_run_that_ends_early_does_not_shorten_complete_ones(
     assert "| Pendulum-v1 | sac | 2 | 10 | 9.00 [9.00, 9.00]" in table
     said = capsys.readouterr().out
     assert f"sac is shown on Pendulum-v1 up to 10 frames, where {tmp_path / 'stopped/0'} ends, and left out" in said
-    runs = [result for run in results.find(tmp_path) if (result := results.read(run, "sample"))]
-    found = summarize(results.compare(zip(results.label(runs), runs, strict=True))[0])
+    found = summary_of(tmp_path)
     assert found.labels == ["qsm", "td3"]
     assert found.scale == {"Pendulum-v1": (1, 4)}, "of those that are compared"
     assert {pair: band.value for pair, band in found.improvements.items()} == {("qsm", "td3"): 0}

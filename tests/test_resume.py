@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shutil
 import signal
@@ -13,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from qsm_lightning import checkpoints
+from qsm_lightning import checkpoints, resume
+from qsm_lightning.datamodule import OffPolicyDataModule
 from tests.compare import assert_same, curves, differences, last, rows, state
 from tests.helpers import SHRINK, needs_dmc, needs_envpool
 from tests.processes import Run, fit
@@ -53,6 +55,23 @@ EXACT = {
     "DACER": (["--model.loss=dacer", "--model.loss.alpha_every=4", "--model.loss.entropy_samples=5"], [45]),
     "an environment's own state": (["--data.env=tests.fake_envs:Wanderer-v0", "--data.frames_per_batch=3"], [18, 48]),
 }
+
+
+FIXED = {
+    *("env", "num_envs", "frames_per_batch", "init_random_frames", "batch_size", "buffer_size", "utd"),
+    *("eval_selector", "eval_candidates", "offline_frames", "offline_share"),
+}
+
+
+def test_what_makes_a_run_what_it_is_is_compared_and_the_rest_may_change() -> None:
+    settings = {name: p.default for name, p in inspect.signature(OffPolicyDataModule).parameters.items()}
+
+    def identity(**others: Any) -> dict[str, Any]:
+        return dict(resume.identity(settings | others, {"loss": {"class_path": "QSM", "init_args": {}}}, {}))
+
+    compared = {name for name in settings if identity(**{name: "another"}) != identity()}
+    assert compared == FIXED
+    assert settings.keys() - FIXED == resume.FREE
 
 
 def run_folder(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,9 @@ from tests.helpers import replay_batch, twin_values
 OBS, A = 3, 2
 
 
-def made() -> SAC:
+def made(**settings: Any) -> SAC:
     torch.manual_seed(0)
-    return SAC(OBS, A, hidden=(16, 16), gamma=0.9, alpha_init=0.3)
+    return SAC(OBS, A, hidden=(16, 16), gamma=0.9, alpha_init=0.3, **settings)
 
 
 def test_the_critics_loss_by_hand() -> None:
@@ -59,15 +60,26 @@ def test_gradients_are_isolated(term: str) -> None:
     assert not any(metric.requires_grad for metric in metrics.values())
 
 
-def test_alpha_moves_to_the_target_entropy() -> None:
+@pytest.mark.parametrize(("target", "too_random"), [(-50.0, True), (50.0, False)])
+def test_alpha_moves_to_the_target_entropy(target: float, too_random: bool) -> None:
+    """A step against the gradient lowers it when the entropy is high."""
+    loss, batch = made(target_entropy=target), replay_batch()
+    _, found = loss.actor_loss(batch)
+    value, metrics = loss.alpha_loss(batch)
+    value.backward()
+    assert (found["entropy"] > target) == too_random
+    assert (loss.inner.log_alpha.grad > 0) == too_random
+    assert metrics["alpha"].item() == pytest.approx(0.3)
+
+
+def test_the_entropy_that_is_logged_is_minus_the_mean_log_probability() -> None:
     loss, batch = made(), replay_batch()
     assert loss.inner.target_entropy == -A
-    _, found = loss.actor_loss(batch)
-    loss.alpha_loss(batch)[0].backward()
-    too_random = found["entropy"] > -A
-    assert (loss.inner.log_alpha.grad > 0) == too_random, (
-        "a step against the gradient lowers alpha when entropy is high"
-    )
+    torch.manual_seed(5)
+    _, metrics = loss.actor_loss(batch)
+    torch.manual_seed(5)
+    _, found = loss.inner.actor_loss(batch.copy())
+    assert metrics["entropy"].item() == pytest.approx(-found["log_prob"].mean().item())
 
 
 def test_targets_follow_by_polyak() -> None:

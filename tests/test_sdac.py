@@ -46,6 +46,64 @@ def test_the_target_is_the_noise_predictor_of_the_boltzmann_policy() -> None:
         assert abs(found[i].item() - expected.item()) < 0.02, i
 
 
+class Different(nn.Module):
+    """Critics that depend on the state, and neither of which is the smaller everywhere."""
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        one = -(action - observation[..., :A]).square().sum(-1)
+        return torch.stack([one, observation[..., 0] * action.sum(-1)])
+
+
+def test_the_target_weighs_noise_by_the_smaller_critic_at_clean_actions() -> None:
+    """Frame by frame; noisy actions so far out that some clean ones lie on the bounds."""
+    torch.manual_seed(1)
+    loss = made(entropy_coef=0.3)
+    loss.critics = critics = Different()
+    observation, noisy, t = torch.randn(B, OBS), 4 * torch.rand(B, A) - 2, torch.randint(3, (B,))
+    noise = torch.randn(8, B, A)
+    found = loss.target_noise(observation, noisy, t, noise)
+    for b in range(B):
+        abar = loss.schedule.alpha_hats[t[b]]
+        clean = ((noisy[b] - (1 - abar).sqrt() * noise[:, b]) / abar.sqrt()).clamp(-1, 1)
+        values = critics(observation[b].expand(8, -1), clean).min(0).values
+        torch.testing.assert_close(found[b], (values / 0.3).softmax(0) @ noise[:, b])
+
+
+def test_the_denoiser_is_fitted_to_it_at_the_actions_of_collecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, batch = made(), replay_batch(B)
+    action, target = torch.rand(B, A), torch.randn(B, A)
+    given: list[Tensor] = []
+
+    def target_noise(*args: Tensor) -> Tensor:
+        given.extend(args)
+        return target
+
+    monkeypatch.setattr(loss, "next_action", lambda observation: action)
+    monkeypatch.setattr(loss, "target_noise", target_noise)
+    torch.manual_seed(1)
+    value, metrics = loss.actor_loss(batch)
+    torch.manual_seed(1)
+    t = loss.random_steps(action)
+    noisy = loss.schedule.add_noise(action, t, torch.randn(B, A))
+    eps = loss.denoiser(batch["observation"], noisy, t)
+    torch.testing.assert_close(value, (eps - target).square().mean())
+    for found, expected in zip(given, (batch["observation"], noisy, t), strict=False):
+        torch.testing.assert_close(found, expected)
+    assert given[3].shape == (8, B, A)
+    assert given[3].std().item() == pytest.approx(1, abs=0.1)
+    assert metrics["target_norm"].item() == pytest.approx(target.norm(dim=-1).mean().item())
+    assert metrics["eps_norm"].item() == pytest.approx(eps.norm(dim=-1).mean().item())
+
+
+def test_the_next_action_is_the_best_sample_and_noise() -> None:
+    loss, observation = made(action_noise=0.5), torch.randn(B, OBS)
+    torch.manual_seed(1)
+    found = loss.next_action(observation)
+    torch.manual_seed(1)
+    best = loss.evaluation_policy("best_of_n", 4).act(observation)
+    assert torch.equal(found, (best + 0.5 * torch.randn(B, A)).clamp(-1, 1))
+
+
 def test_the_best_sample_is_taken_for_the_target() -> None:
     loss, observation = made(candidates=64, action_noise=0.0), torch.randn(B, OBS)
     loss.critics = Parabola()

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -213,6 +214,20 @@ def test_weights_that_are_not_finite_are_not_sent(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(TrainingFault, match="weight"):
         next(source)
     source.close()
+
+
+def test_nothing_is_left_of_workers_that_were_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_processes", lambda *args, **settings: Pretended())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = set(threading.enumerate())
+    source = pretended_workers(VersionPolicy(Version()))
+    next(source)
+    (thread,) = set(threading.enumerate()) - before
+    assert len(list(tmp_path.glob("qsm-workers-*"))) == 1
+    source.close()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert not list(tmp_path.iterdir())
 
 
 @needs_ray
