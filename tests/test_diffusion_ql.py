@@ -21,7 +21,7 @@ def made(**settings: Any) -> DiffusionQL:
     torch.manual_seed(0)
     loss = DiffusionQL(OBS, A, hidden=(16, 16), time_dim=8, T=3, **settings)
     for p in (*loss.target_critics.parameters(), *loss.target_denoiser.parameters()):
-        p.data.mul_(1.3)
+        p.data.mul_(1.3).add_(0.05)
     return loss
 
 

@@ -108,25 +108,26 @@ def test_targets_and_action_gradients_are_float32_under_autocast(case: str, dtyp
         assert torch.equal(full[key], low[key])
 
 
+DEEP: dict[str, Any] = SIZES | {"hidden": (8, 8)}  # products of hidden layers are what autocast makes low
 FULL: dict[str, tuple[Callable[[], Any], Callable[[Any, Tensor, Tensor], Any]]] = {
     "qsm slope_left": (
-        lambda: QSM(3, 2, **SIZES, m_q="auto", score_at="denoised"),
+        lambda: QSM(3, 2, **DEEP, m_q="auto", score_at="denoised"),
         lambda loss, s, a: loss.slope_left(s, a, torch.randn_like(a)),
     ),
-    "sdac next_action": (lambda: SDAC(3, 2, **SIZES), lambda loss, s, a: loss.next_action(s)),
+    "sdac next_action": (lambda: SDAC(3, 2, **DEEP), lambda loss, s, a: loss.next_action(s)),
     "sdac target_noise": (
-        lambda: SDAC(3, 2, **SIZES),
+        lambda: SDAC(3, 2, **DEEP),
         lambda loss, s, a: loss.target_noise(s, a, torch.zeros(len(a), dtype=torch.long), torch.randn(8, *a.shape)),
     ),
-    "diffusion_ql next_action": (lambda: DiffusionQL(3, 2, **SIZES), lambda loss, s, a: loss.next_action(s)),
+    "diffusion_ql next_action": (lambda: DiffusionQL(3, 2, **DEEP), lambda loss, s, a: loss.next_action(s)),
     "diffusion_ql climbing": (
-        lambda: DiffusionQL(3, 2, **SIZES),
+        lambda: DiffusionQL(3, 2, **DEEP),
         lambda loss, s, a: loss.climbing(s, torch.tensor(True)),
     ),
-    "dacer next_action": (lambda: ALGORITHMS["dacer"](3, 2, **SIZES), lambda loss, s, a: loss.next_action(s)),
-    "dacer climbing": (lambda: ALGORITHMS["dacer"](3, 2, **SIZES), lambda loss, s, a: loss.climbing(s)),
+    "dacer next_action": (lambda: ALGORITHMS["dacer"](3, 2, **DEEP), lambda loss, s, a: loss.next_action(s)),
+    "dacer climbing": (lambda: ALGORITHMS["dacer"](3, 2, **DEEP), lambda loss, s, a: loss.climbing(s)),
     "dacer entropy": (
-        lambda: ALGORITHMS["dacer"](3, 2, **SIZES, entropy_samples=5),
+        lambda: ALGORITHMS["dacer"](3, 2, **DEEP, entropy_samples=5),
         lambda loss, s, a: loss.entropy(s[:4]),
     ),
     "cqsm target": (lambda: CQSM(3, 2, (8, 8)), lambda loss, s, a: loss.target(s, timed_batch(s, a))),

@@ -94,7 +94,6 @@ class DACER(SizedDiffusionLoss):
         return ((entropy - self.target_entropy) * self.log_alpha).sum(), {"entropy": entropy}
 
     @torch.no_grad()
-    @full_precision
     def entropy(self, observation: Tensor) -> Tensor:
         """Mean over states [B, O] of the entropy in nats of the actions that are collected; scalar."""
         count = self.entropy_samples
