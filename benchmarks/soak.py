@@ -29,6 +29,7 @@ from tests.compare import curves, differences, rows, state
 from benchmarks.machine import described, machine
 from benchmarks.report import save
 from qsm_lightning import checkpoints
+from qsm_lightning.tables import markdown
 
 SETTINGS = [
     *("--model.loss.hidden=[64,64]", "--data.utd=0.25", "--data.buffer_size=50000"),
@@ -119,34 +120,32 @@ def settled(memory: list[tuple[float, float]]) -> list[float]:
 
 def report(result: dict[str, Any], settings: list[str]) -> str:
     """The figures, as Markdown."""
-    lines = [
-        described(machine()),
-        f"settings: {' '.join(settings)}",
-        "",
-        "| signal | times | exit status | seconds to the end, median and most |",
-        "| --- | --- | --- | --- |",
-    ]
+    ended = []
     for name, count in Counter(event["signal"] for event in result["events"]).items():
         events = [event for event in result["events"] if event["signal"] == name]
         seconds = [event["seconds_to_end"] for event in events]
         codes = sorted({event["status"] for event in events})
-        lines.append(f"| {name} | {count} | {codes} | {statistics.median(seconds):.1f}, {max(seconds):.1f} |")
-    different = result["different_state"]
-    lines += [
-        "",
-        f"state: {'equal, bit by bit' if not different else different[:10]}; "
-        f"rows of metrics.csv ({result['rows']}): {'equal' if result['rows_equal'] else 'different'}; "
-        f"TensorBoard: {'equal' if result['curves_equal'] else 'different'}",
-        "",
-        "| memory in MiB | first tenth | middle | last tenth | most |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+        ended.append([name, count, codes, f"{statistics.median(seconds):.1f}, {max(seconds):.1f}"])
+    memory = []
     for name, samples in result["memory"].items():
         mib = settled(samples) or [float("nan")]
         tenth = max(1, len(mib) // 10)
         middle = mib[len(mib) // 2 - tenth // 2 :][:tenth]
         parts = [statistics.median(part) for part in (mib[:tenth], middle, mib[-tenth:])]
-        lines.append(f"| {name} | {' | '.join(f'{part:.0f}' for part in parts)} | {max(mib):.0f} |")
+        memory.append([name, *(f"{part:.0f}" for part in (*parts, max(mib)))])
+    different = result["different_state"]
+    lines = [
+        described(machine()),
+        f"settings: {' '.join(settings)}",
+        "",
+        markdown(["signal", "times", "exit status", "seconds to the end, median and most"], ended),
+        "",
+        f"state: {'equal, bit by bit' if not different else different[:10]}; "
+        f"rows of metrics.csv ({result['rows']}): {'equal' if result['rows_equal'] else 'different'}; "
+        f"TensorBoard: {'equal' if result['curves_equal'] else 'different'}",
+        "",
+        markdown(["memory in MiB", "first tenth", "middle", "last tenth", "most"], memory),
+    ]
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import nn
 
 from qsm_lightning.compiled import missing_for_compiling
 from qsm_lightning.losses import QSM
@@ -59,6 +60,13 @@ needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 needs_envpool = pytest.mark.skipif(not has("envpool"), reason="the extra envpool is not installed")
 
 
+def moved_away(*targets: nn.Module) -> None:
+    """Have target networks differ from what they follow."""
+    for target in targets:
+        for p in target.parameters():
+            p.data.mul_(1.3).add_(0.05)
+
+
 def replay_batch(size: int = 32, observation_dim: int = 3, action_dim: int = 2, seed: int = 0) -> TensorDict:
     """A random replay batch with some terminated and some merely truncated frames."""
     g = torch.Generator().manual_seed(seed)
@@ -93,3 +101,11 @@ def twin_values(params: Any, observation: torch.Tensor, action: torch.Tensor) ->
 def environment() -> dict[str, str]:
     """This process's environment with one thread, wide lines, and tests/ importable by name."""
     return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+
+
+def run_python(*args: str | Path, cwd: Path | None = None) -> str:
+    """What a process of Python prints, which imports what this one does and ends well."""
+    env = environment() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, *args], env=env, cwd=cwd, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout

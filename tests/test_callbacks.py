@@ -114,11 +114,25 @@ class Writing:
         writer.on_validation_end(self.trainer, Mock())
         return [checkpoint.path.name.lstrip("0") for checkpoint in complete(self.folder)]
 
+    @contextmanager
+    def full_disk(self) -> Iterator[None]:
+        """Within it nothing can be written."""
+        good = self.write.side_effect
+        self.write.side_effect = OSError(errno.ENOSPC, "No space left on device")
+        yield
+        self.write.side_effect = good
+
+
+def training(folder: Path, **settings: Any) -> tuple[cb.RunCheckpoint, Writing]:
+    """A RunCheckpoint of a run that has begun to train."""
+    writer, run = cb.RunCheckpoint(**settings), Writing(folder)
+    writer.on_train_start(run.trainer, Mock())
+    return writer, run
+
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     """Also when no optimizer steps in between."""
-    writer, run = cb.RunCheckpoint(keep_last=2), Writing(tmp_path)
-    writer.on_train_start(run.trainer, Mock())
+    writer, run = training(tmp_path, keep_last=2)
     kept = [run.evaluate(writer, score) for score in (-5, -9, -7, -1, -3, -3, -8)]
     assert kept == [
         ["10"],
@@ -138,8 +152,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_checkpoints_between_evaluations(tmp_path: Path) -> None:
-    writer, run = cb.RunCheckpoint(every_frames=30, keep_last=9), Writing(tmp_path)
-    writer.on_train_start(run.trainer, Mock())
+    writer, run = training(tmp_path, every_frames=30, keep_last=9)
     progress = run.trainer.datamodule.progress
     for progress.frames in range(7, 100, 7):
         run.trainer.datamodule.evaluation_owed = progress.frames == 35  # it will be saved after that evaluation
@@ -152,15 +165,12 @@ def test_a_full_disk_costs_a_warning_and_another_attempt(tmp_path: Path, monkeyp
     clock = SimpleNamespace(now=0.0)
     clock.monotonic = lambda: clock.now
     monkeypatch.setattr("qsm_lightning.callbacks.checkpoint.time", clock)
-    writer, run = cb.RunCheckpoint(), Writing(tmp_path)
-    writer.on_train_start(run.trainer, Mock())
+    writer, run = training(tmp_path)
     run.evaluate(writer, -1)
-    good = run.write.side_effect
-    run.write.side_effect = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.warns(UserWarning, match="No space left on device.*the last one is .*000000010.*trying again"):
+    sentence = "No space left on device.*the last one is .*000000010.*trying again"
+    with run.full_disk(), pytest.warns(UserWarning, match=sentence):
         assert run.evaluate(writer, -2) == ["10"]
     assert not list(run.folder.glob(".staging*"))
-    run.write.side_effect = good
 
     def batch_ends() -> None:
         writer.on_train_batch_end(run.trainer, Mock(), None, None, 0)
@@ -181,8 +191,7 @@ def test_a_full_disk_costs_a_warning_and_another_attempt(tmp_path: Path, monkeyp
 
 
 def test_a_save_that_was_asked_for_is_made_once(tmp_path: Path) -> None:
-    writer, run = cb.RunCheckpoint(), Writing(tmp_path)
-    writer.on_train_start(run.trainer, Mock())
+    writer, run = training(tmp_path)
     stopping, progress = run.trainer.datamodule.stopping, run.trainer.datamodule.progress
     stopping.save_wanted = True
     for progress.frames in range(1, 4):
@@ -194,14 +203,10 @@ def test_a_save_that_was_asked_for_is_made_once(tmp_path: Path) -> None:
 
 def test_a_save_that_failed_is_tried_again_at_the_end(tmp_path: Path) -> None:
     """Also where the frame has a checkpoint, of before the updates that came since."""
-    writer, run = cb.RunCheckpoint(), Writing(tmp_path)
-    writer.on_train_start(run.trainer, Mock())
+    writer, run = training(tmp_path)
     run.evaluate(writer, -1)
-    good = run.write.side_effect
-    run.write.side_effect = OSError(errno.ENOSPC, "No space left on device")
-    with pytest.warns(UserWarning, match="trying again"):
+    with run.full_disk(), pytest.warns(UserWarning, match="trying again"):
         writer.save(run.trainer)
-    run.write.side_effect = good
     writer.on_train_end(run.trainer, Mock())
     assert [checkpoint.order for checkpoint in complete(run.folder)] == [(10, 0), (10, 1)]
 
@@ -211,8 +216,7 @@ def test_a_checkpoint_counts_though_older_ones_cannot_be_removed(
 ) -> None:
     thin_out = Mock(side_effect=OSError(errno.EROFS, "Read-only file system"))
     monkeypatch.setattr("qsm_lightning.checkpoints.thin_out", thin_out)
-    writer, run = cb.RunCheckpoint(), Writing(tmp_path)
-    writer.on_train_start(run.trainer, Mock())
+    writer, run = training(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run.evaluate(writer, -1)

@@ -23,7 +23,7 @@ from qsm_lightning.networks import Critics
 from qsm_lightning.replay import copies_in
 from tests.compare import last
 from tests.conftest import Command
-from tests.helpers import SHRINK, replay_batch
+from tests.helpers import SHRINK, moved_away, replay_batch
 from tests.processes import fit as run_fit
 from tests.processes import fit_ranks
 
@@ -49,8 +49,7 @@ def make(**settings: Any) -> CQSM:
     """Without noise in the action's motion, unless it is given; with targets that differ from the critics."""
     torch.manual_seed(0)
     loss = CQSM(O, A, (16, 16), **{"sigma": 0.0, **settings})
-    for p in loss.target_critics.parameters():
-        p.data.mul_(1.3).add_(0.05)
+    moved_away(loss.target_critics)
     return loss
 
 

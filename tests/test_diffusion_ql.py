@@ -11,7 +11,7 @@ from torch import Tensor
 from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import DiffusionQL
 from qsm_lightning.sampler import reverse_process
-from tests.helpers import replay_batch
+from tests.helpers import moved_away, replay_batch
 
 B, OBS, A = 32, 3, 2
 
@@ -20,8 +20,7 @@ def made(**settings: Any) -> DiffusionQL:
     """With targets that differ from what they follow."""
     torch.manual_seed(0)
     loss = DiffusionQL(OBS, A, hidden=(16, 16), time_dim=8, T=3, **settings)
-    for p in (*loss.target_critics.parameters(), *loss.target_denoiser.parameters()):
-        p.data.mul_(1.3).add_(0.05)
+    moved_away(loss.target_critics, loss.target_denoiser)
     return loss
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT, run_python
 
 pytestmark = pytest.mark.slow
 EXAMPLE = ROOT / "examples" / "theory.py"
@@ -25,10 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def printed(folder: Path) -> str:
     """What it prints; its pictures are in ``folder``."""
-    env = environment() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    run = subprocess.run([sys.executable, EXAMPLE, folder], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    return run_python(EXAMPLE, folder)
 
 
 def numbers(pattern: str, text: str) -> list[float]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from qsm_lightning import runs
-from tests.helpers import ROOT, environment
+from tests.helpers import ROOT, run_python
 
 SETTINGS = {
     **{"data.init_random_frames": "1000", "data.eval_every_frames": "1500", "data.total_frames": "1060"},
@@ -18,11 +15,8 @@ SETTINGS = {
 
 def test_it_trains_as_the_command_does(tmp_path: Path) -> None:
     """The same losses and the same evaluation, and a checkpoint that the other commands take."""
-    env = environment() | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    fit = [sys.executable, "-m", "qsm_lightning", *(f"--{name}={value}" for name, value in SETTINGS.items())]
-    for command in ([sys.executable, str(ROOT / "examples" / "train.py"), SETTINGS["data.total_frames"]], fit):
-        run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+    run_python(ROOT / "examples" / "train.py", SETTINGS["data.total_frames"], cwd=tmp_path)
+    run_python("-m", "qsm_lightning", *(f"--{name}={value}" for name, value in SETTINGS.items()), cwd=tmp_path)
     folders = [tmp_path / "runs" / "Pendulum-v1" / f"version_{i}" for i in range(2)]
     rows = [
         [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in runs.metrics(folder / runs.METRICS)[1]]
@@ -32,7 +26,4 @@ def test_it_trains_as_the_command_does(tmp_path: Path) -> None:
     assert any(row["eval/return"] for row in rows[0])
     assert any(row["loss/actor"] for row in rows[0])
     evaluate = "from qsm_lightning.commands.evaluate import main; main()"
-    said = subprocess.run(
-        [sys.executable, "-c", evaluate, str(folders[0]), "--episodes=1"], env=env, capture_output=True, text=True
-    )
-    assert said.returncode == 0, said.stderr
+    assert "frames: 1060" in run_python("-c", evaluate, folders[0], "--episodes=1")

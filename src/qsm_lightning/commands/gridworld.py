@@ -102,7 +102,7 @@ def _table(world: Gridworld, records: list[dict[str, Any]]) -> str:
         f"{world.away.sum()} cells: means of entropy (at most 1.386) and values, the least gain of any, and from how "
         "many the likeliest actions reach the goal"
     )
-    head = ["alpha", "round", "entropy", "value", "least gain", "soft value", "least gain", "cosine", "distance"]
+    gained = ["value", "least gain", "soft value", "least gain"]
     rows = [
         [
             f"{record['alpha']:g}",
@@ -119,7 +119,7 @@ def _table(world: Gridworld, records: list[dict[str, Any]]) -> str:
         for record in records
         for row in record["rounds"][:5] + record["rounds"][5:][-1:]
     ]
-    lines = [about, "", markdown([*head, "reaching"], rows)]
+    lines = [about, "", markdown(["alpha", "round", "entropy", *gained, "cosine", "distance", "reaching"], rows)]
     for record in records:
         if not record["fixed_point"]:
             lines += ["", f"alpha {record['alpha']:g} is at no fixed point yet; raise --rounds"]
