@@ -14,7 +14,7 @@ from qsm_lightning.errors import SettingError
 from qsm_lightning.losses import ALGORITHMS, QSM, OffPolicyLoss, QSMLoss
 from qsm_lightning.losses.base import polyak_update
 from qsm_lightning.messages import loss_settings
-from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy
+from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, Policy
 from qsm_lightning.sampler import reverse_process
 from qsm_lightning.schedule import NoiseSchedule
 from tests.helpers import replay_batch
@@ -131,14 +131,20 @@ def test_the_settings_of_the_sampler_reach_the_policies() -> None:
         assert not torch.equal(sampled(0.3, False), sampled(0.3, True))
 
 
-def test_the_next_action_has_noise_in_every_frame_and_component() -> None:
-    loss = QSM(OBS, A, action_noise=0.5, **SMALL)  # type: ignore[arg-type]
+@pytest.mark.parametrize("candidates", [1, 4])
+def test_the_next_action_is_that_of_collecting_the_best_sample_and_noise(candidates: int) -> None:
+    loss = QSM(OBS, A, action_noise=0.5, candidates=candidates, **SMALL)  # type: ignore[arg-type]
     observation = torch.randn(B, OBS)
+    repeated = observation.repeat_interleave(candidates, 0)
     torch.manual_seed(1)
-    found = loss.next_action(observation)
-    torch.manual_seed(1)
-    sample = loss.sampler(observation)
-    assert torch.equal(found, (sample + 0.5 * torch.randn(B, A)).clamp(-1, 1))
+    with torch.no_grad():
+        samples = loss.sampler(repeated)
+        best = loss.critics(repeated, samples).min(0).values.view(B, candidates).argmax(1)
+        expected = samples.view(B, candidates, A)[torch.arange(B), best] + 0.5 * torch.randn(B, A)
+    assert len(best.unique()) == candidates
+    for act in (loss.next_action, cast(Policy, loss.exploration_policy()).act):
+        torch.manual_seed(1)
+        assert torch.equal(act(observation), expected.clamp(-1, 1))
 
 
 @pytest.mark.parametrize("name", ["qsm", "sdac", "td3"])
@@ -161,6 +167,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"hidden": (512, 512), "time_dim": 64, "schedule": "vp", "T": 5, "gamma": 0.99, "tau": 0.005},
         **{"m_q": 50.0, "score_at": "noisy", "q_grad": "mean", "bc_coef": 0.0, "batch_temperature": 0.1},
         **{"m_q_slope": 0.3, "m_q_lr": 3e-3, "temperature": 1.0, "clip_sampler": True, "action_noise": 0.1},
+        "candidates": 1,
     },
     "sac": {"hidden": (512, 512), "gamma": 0.99, "tau": 0.005, "alpha_init": 1.0, "target_entropy": None},
     "td3": {"policy_delay": 2, "policy_noise": 0.2, "noise_clip": 0.5, "action_noise": 0.1, "tau": 0.005},
@@ -339,6 +346,7 @@ def test_the_noise_of_the_target_does_not_depend_on_torchrls_exploration_type() 
         {"q_grad": "max"},
         {"temperature": -1},
         {"action_noise": -1},
+        {"candidates": 0},
         {"schedule": "sine"},
     ],
     ids=str,

@@ -24,7 +24,7 @@ from qsm_lightning.losses.base import (
     polyak_update,
 )
 from qsm_lightning.networks import Critics, Denoiser, eps_given
-from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, Policy, add_action_noise
+from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, Policy
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
 from qsm_lightning.schedule import NoiseSchedule, ScheduleName
@@ -51,6 +51,7 @@ class DiffusionLoss(OffPolicyLoss):
     """
 
     terms: tuple[str, ...] = ("qvalue", "actor")
+    candidates = 1  # samples of which the best is taken when collecting and in the TD target: for subclasses to set
 
     def __init__(
         self,
@@ -90,9 +91,8 @@ class DiffusionLoss(OffPolicyLoss):
 
     @full_precision
     def next_action(self, next_observation: Tensor) -> Tensor:
-        """a' [B, A]: the reverse process on s' [B, O], plus the clipped action noise."""
-        action = self.sampler(next_observation)
-        return add_action_noise(action, torch.randn_like(action), self.action_noise)
+        """a' [B, A] for s' [B, O], as in collecting: a sample, the best if several are drawn, and clipped noise."""
+        return self.exploration_policy().act(next_observation)
 
     @torch.no_grad()
     @full_precision
@@ -170,7 +170,8 @@ class DiffusionLoss(OffPolicyLoss):
         polyak_update(self.critics, self.target_critics, self.tau)
 
     def exploration_policy(self) -> Policy:
-        return ExplorationPolicy(DiffusionPolicy(self.sampler), self.action_noise)
+        chosen = self.evaluation_policy("best_of_n" if self.candidates > 1 else "sample", self.candidates)
+        return ExplorationPolicy(chosen, self.action_noise)
 
     def evaluation_policy(self, selector: str = "sample", n: int = 32) -> Policy:
         if selector == "best_of_n":

@@ -19,6 +19,7 @@ from qsm_lightning.errors import require, require_not_negative, require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.diffusion import DiffusionLoss, SizedDiffusionLoss
 from qsm_lightning.networks import Denoiser
+from qsm_lightning.policy import check_samples
 from qsm_lightning.precision import full_precision
 from qsm_lightning.schedule import NoiseSchedule
 
@@ -44,6 +45,7 @@ class QSMLoss(DiffusionLoss):
         score_at: take the critics' gradient at the ``noisy`` action (authors' code), the ``clean`` one (paper), or the
             ``denoised`` one, where the denoiser's own step from the noisy action ends, clipped to [-1, 1].
         bc_coef: weight of behaviour cloning: the loss of a denoiser of the buffer's own actions is added.
+        candidates: samples of which the best by the smaller critic is taken when collecting and in the TD target.
         **settings: the settings of :class:`DiffusionLoss`.
 
     Raises:
@@ -75,6 +77,7 @@ class QSMLoss(DiffusionLoss):
         m_q_lr: float = 3e-3,
         score_at: Literal["noisy", "clean", "denoised"] = "noisy",
         bc_coef: float = 0.0,
+        candidates: int = 1,
         **settings: Any,
     ) -> None:
         super().__init__(denoiser, critics, schedule, **settings)
@@ -92,9 +95,11 @@ class QSMLoss(DiffusionLoss):
             f"m_q_slope is {m_q_slope}: with score_at {score_at} it must be between {least} and 1",
         )
         require_not_negative(bc_coef=bc_coef)
+        check_samples(candidates, "candidates")
         self.m_q = m_q
         self.score_at = score_at
         self.bc_coef = bc_coef
+        self.candidates = candidates
         self.batch_temperature = batch_temperature
         self.m_q_slope = m_q_slope
         if m_q == "auto":

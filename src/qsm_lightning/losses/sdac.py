@@ -18,7 +18,7 @@ from torch import Tensor
 from qsm_lightning.errors import require_positive
 from qsm_lightning.losses.base import Metrics
 from qsm_lightning.losses.diffusion import SizedDiffusionLoss
-from qsm_lightning.policy import BestOfNPolicy, ExplorationPolicy, Policy, check_samples
+from qsm_lightning.policy import check_samples
 from qsm_lightning.precision import full_precision
 
 
@@ -56,11 +56,6 @@ class SDAC(SizedDiffusionLoss):
         self.reverse_samples = reverse_samples
         self.candidates = candidates
 
-    @full_precision
-    def next_action(self, next_observation: Tensor) -> Tensor:
-        """a' [B, A] as in collecting: the best of ``candidates`` samples for s' [B, O], plus clipped action noise."""
-        return self.exploration_policy().act(next_observation)
-
     @torch.no_grad()
     @full_precision
     def target_noise(self, observation: Tensor, noisy: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -91,7 +86,3 @@ class SDAC(SizedDiffusionLoss):
         eps = self.predicted_noise(observation, noisy, t)
         loss = (eps - target).square().mean()
         return loss, {"target_norm": target.norm(dim=-1).mean(), "eps_norm": eps.detach().norm(dim=-1).mean()}
-
-    def exploration_policy(self) -> Policy:
-        best = BestOfNPolicy(self.sampler, self.critics, self.candidates)
-        return ExplorationPolicy(best, self.action_noise)
