@@ -75,6 +75,10 @@ def run(
         pytest.param({"precision": "64-true", "value": None, "loss": SDAC}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": 0.5, "loss": partial(QSM, m_q="auto")}, marks=pytest.mark.slow),
         pytest.param({"precision": "64-true", "value": 0.5, "loss": SHIPPED}, marks=pytest.mark.slow),
+        pytest.param(
+            {"precision": "64-true", "value": 0.5, "loss": partial(SHIPPED, candidates=2, entropy_bonus=0.4)},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"value": None, "loss": SAC, "sizes": {"hidden": (16, 16)}}, marks=pytest.mark.slow),
         pytest.param(
             {"precision": "64-true", "value": 0.5, "loss": TD3, "sizes": {"hidden": (16, 16), "policy_delay": 3}},
@@ -89,6 +93,7 @@ def run(
         "SDAC",
         "m_q auto",
         "m_q auto, denoised",
+        "m_q auto, denoised, best of two, entropy bonus",
         "SAC",
         "TD3",
     ],

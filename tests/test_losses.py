@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, Literal, cast
 
 import pytest
@@ -35,6 +36,13 @@ class Quadratic(nn.Module):
         return -(action - self.best).square().sum(-1) / 2 + self.offset
 
 
+class Flat(nn.Module):
+    """Critics of 1 everywhere."""
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        return 1 + 0 * torch.stack([action, action]).sum(-1)
+
+
 class Linear(nn.Module):
     """A denoiser eps = w a_t with one weight."""
 
@@ -50,7 +58,8 @@ class Linear(nn.Module):
 
 def quadratic_loss(**settings: object) -> QSMLoss:
     critics = Quadratic([0.5, -0.2], [0.0, 3.0])
-    return QSMLoss(Linear(0.4), critics, NoiseSchedule("vp", 5), m_q=7.0, **settings)  # type: ignore[arg-type]
+    settings = {"m_q": 7.0} | settings
+    return QSMLoss(Linear(0.4), critics, NoiseSchedule("vp", 5), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("score_at", ["noisy", "clean", "denoised"])
@@ -147,6 +156,41 @@ def test_the_next_action_is_that_of_collecting_the_best_sample_and_noise(candida
         assert torch.equal(act(observation), expected.clamp(-1, 1))
 
 
+@pytest.mark.parametrize("m_q", [7.0, "batch", "auto"])
+def test_the_entropy_bonus_by_hand(m_q: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """c tau (H - mean H), tau being sqrt(1 - abar_0) / M_q, and H half the logarithms of variances from two samples."""
+    loss, plain = quadratic_loss(m_q=m_q, entropy_bonus=0.4), quadratic_loss()
+    observation, one, other = torch.randn(B, OBS), 2 * torch.rand(B, A) - 1, 2 * torch.rand(B, A) - 1
+    monkeypatch.setattr(loss, "next_action", lambda states: other if states is observation else None)
+    beta = 1 - loss.schedule.alphas[0]
+    mean = (0.15 - one).abs().mean()
+    tau = {7.0: beta.sqrt() / 7, "batch": 0.1 * mean, "auto": beta.sqrt() * mean}[m_q]
+    variances = torch.stack([torch.stack([one[b], other[b]]).var(0) for b in range(B)])
+    entropy = torch.tensor([sum(0.5 * torch.log(v + 0.01) for v in row) for row in variances])
+    expected = plain.next_value(observation, one) + 0.4 * tau * (entropy - entropy.mean())
+    torch.testing.assert_close(loss.next_value(observation, one), expected)
+
+
+def test_the_entropy_of_a_gaussian_grows_by_log_two_a_component_with_twice_its_deviation() -> None:
+    one, other = torch.randn(2, 100_000, A)
+    found = [QSM.entropy(std * one, std * other).mean().item() for std in (20.0, 40.0)]
+    assert found[1] - found[0] == pytest.approx(A * math.log(2), abs=0.02)
+    assert QSM.entropy(one, one)[0].item() == pytest.approx(A * math.log(0.1))
+
+
+def test_where_q_has_no_slope_there_is_no_entropy_bonus() -> None:
+    loss = quadratic_loss(m_q="auto", entropy_bonus=0.4)
+    loss.critics = Flat()
+    loss.target_critics = Flat()
+    assert torch.equal(loss.next_value(torch.randn(B, OBS), torch.rand(B, A)), torch.ones(B))
+
+
+def test_without_an_entropy_bonus_no_second_sample_is_drawn() -> None:
+    loss, before = quadratic_loss(), torch.get_rng_state()
+    loss.next_value(torch.zeros(B, OBS), torch.zeros(B, A))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("name", ["qsm", "sdac", "td3"])
 def test_collecting_has_the_noise_of_the_setting(name: str) -> None:
     sizes: dict[str, Any] = {"hidden": (8,), "action_noise": 0.3}
@@ -167,7 +211,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"hidden": (512, 512), "time_dim": 64, "schedule": "vp", "T": 5, "gamma": 0.99, "tau": 0.005},
         **{"m_q": 50.0, "score_at": "noisy", "q_grad": "mean", "bc_coef": 0.0, "batch_temperature": 0.1},
         **{"m_q_slope": 0.3, "m_q_lr": 3e-3, "temperature": 1.0, "clip_sampler": True, "action_noise": 0.1},
-        "candidates": 1,
+        **{"candidates": 1, "entropy_bonus": 0.0},
     },
     "sac": {"hidden": (512, 512), "gamma": 0.99, "tau": 0.005, "alpha_init": 1.0, "target_entropy": None},
     "td3": {"policy_delay": 2, "policy_noise": 0.2, "noise_clip": 0.5, "action_noise": 0.1, "tau": 0.005},
@@ -347,6 +391,7 @@ def test_the_noise_of_the_target_does_not_depend_on_torchrls_exploration_type() 
         {"temperature": -1},
         {"action_noise": -1},
         {"candidates": 0},
+        {"entropy_bonus": -1},
         {"schedule": "sine"},
     ],
     ids=str,

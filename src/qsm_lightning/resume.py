@@ -36,6 +36,7 @@ BEFORE = {
     "model.loss.batch_temperature": 0.1,
     "model.loss.bc_coef": 0.0,
     "model.loss.candidates": 1,
+    "model.loss.entropy_bonus": 0.0,
     "model.loss.m_q_lr": 3e-3,
     "model.loss.m_q_slope": 0.3,  # M_q was fixed then: the default will do
     "trainer.gradient_clip_val": None,

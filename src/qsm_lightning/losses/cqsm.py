@@ -346,14 +346,14 @@ class CQSMDiffusion(QSM):
         action_dim: A, width of the action; known from the environment.
         regularization: lambda, 1 / M_q.
         discount_rate: beta, per second.
-        **settings: the settings of :class:`QSM`, but for m_q and gamma.
+        **settings: the settings of :class:`QSM`, but for m_q, gamma and entropy_bonus.
 
     Raises:
         SettingError: for a value outside its range, or an environment that does not tell its time steps.
     """
 
     compilable = True
-    fixed = ("m_q", "gamma")
+    fixed = ("m_q", "gamma", "entropy_bonus")
 
     def __init__(
         self,
@@ -366,7 +366,7 @@ class CQSMDiffusion(QSM):
     ) -> None:
         require_positive(regularization=regularization)
         require_not_negative(discount_rate=discount_rate)
-        super().__init__(observation_dim, action_dim, m_q=1 / regularization, gamma=1.0, **settings)
+        super().__init__(observation_dim, action_dim, m_q=1 / regularization, gamma=1.0, entropy_bonus=0.0, **settings)
         self.discount_rate = discount_rate
 
     @property

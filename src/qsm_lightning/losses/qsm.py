@@ -24,6 +24,7 @@ from qsm_lightning.precision import full_precision
 from qsm_lightning.schedule import NoiseSchedule
 
 EVERY = 4  # m_q: auto looks at every fourth frame of a minibatch
+RESOLUTION = 0.1  # in an action's range of -1 to 1: entropy_bonus counts no finer spread
 
 
 class QSMLoss(DiffusionLoss):
@@ -46,6 +47,7 @@ class QSMLoss(DiffusionLoss):
             ``denoised`` one, where the denoiser's own step from the noisy action ends, clipped to [-1, 1].
         bc_coef: weight of behaviour cloning: the loss of a denoiser of the buffer's own actions is added.
         candidates: samples of which the best by the smaller critic is taken when collecting and in the TD target.
+        entropy_bonus: weight of the policy's entropy in the TD target, in units of the policy's temperature.
         **settings: the settings of :class:`DiffusionLoss`.
 
     Raises:
@@ -78,6 +80,7 @@ class QSMLoss(DiffusionLoss):
         score_at: Literal["noisy", "clean", "denoised"] = "noisy",
         bc_coef: float = 0.0,
         candidates: int = 1,
+        entropy_bonus: float = 0.0,
         **settings: Any,
     ) -> None:
         super().__init__(denoiser, critics, schedule, **settings)
@@ -94,12 +97,13 @@ class QSMLoss(DiffusionLoss):
             least < m_q_slope < 1,
             f"m_q_slope is {m_q_slope}: with score_at {score_at} it must be between {least} and 1",
         )
-        require_not_negative(bc_coef=bc_coef)
+        require_not_negative(bc_coef=bc_coef, entropy_bonus=entropy_bonus)
         check_samples(candidates, "candidates")
         self.m_q = m_q
         self.score_at = score_at
         self.bc_coef = bc_coef
         self.candidates = candidates
+        self.entropy_bonus = entropy_bonus
         self.batch_temperature = batch_temperature
         self.m_q_slope = m_q_slope
         if m_q == "auto":
@@ -107,6 +111,35 @@ class QSMLoss(DiffusionLoss):
             self.log_size = nn.Parameter(torch.zeros(1))
             self.terms = (*self.terms, "m_q")
             self.learning_rates = {"m_q": m_q_lr}
+
+    def next_value(self, next_observation: Tensor, next_action: Tensor) -> Tensor:
+        """min_i Qbar_i(s', a') + c tau (H(s') - mean H), [B], c being ``entropy_bonus`` and the mean over the batch."""
+        value = super().next_value(next_observation, next_action)
+        if self.entropy_bonus == 0:
+            return value
+        entropy = self.entropy(next_action, self.next_action(next_observation))
+        tau = self.policy_temperature(next_observation, next_action)
+        return value + self.entropy_bonus * tau * (entropy - batch_mean(entropy))
+
+    @staticmethod
+    def entropy(one: Tensor, other: Tensor) -> Tensor:
+        """H [B] but for a constant, from two actions [B, A] of a state: sum_j log((a_j - a'_j)^2 / 2 + r^2) / 2.
+
+        (a_j - a'_j)^2 / 2 estimates the variance of component j; r is :data:`RESOLUTION`.
+        """
+        return ((one - other).square() / 2 + RESOLUTION**2).log().sum(-1) / 2
+
+    def policy_temperature(self, observation: Tensor, action: Tensor) -> float | Tensor:
+        """tau = sqrt(1 - abar_0) / M_q: where eps = -M_q g the last step's score, -eps / sqrt(1 - abar_0), is g / tau.
+
+        With ``m_q`` auto or batch M_q is that of the slopes at actions [B, A] in observations [B, O].
+        """
+        spread = self.schedule.sqrt_one_minus_alpha_hats[0]
+        if not isinstance(self.m_q, str):
+            return spread / self.m_q
+        first = torch.zeros(len(action), dtype=torch.long, device=action.device)
+        m_q = cast(Tensor, self.scale(self.q_gradient(observation, action), first)).flatten()[0]
+        return torch.where(m_q > 0, spread / m_q.clamp(min=torch.finfo(m_q.dtype).tiny), 0.0)
 
     def score_matching(
         self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor
