@@ -69,7 +69,7 @@ class Adapted(Shared):
     """Its target has a size that is adapted to statistics of the batch."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings | {"m_q": "auto", "score_at": "denoised"})
+        super().__init__(*args, **settings | {"m_q": "auto", "score_at": "denoised", "entropy_bonus": 0.4})
 
 
 def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -160,15 +160,20 @@ def test_the_next_action_is_that_of_collecting_the_best_sample_and_noise(candida
 def test_the_entropy_bonus_by_hand(m_q: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """c tau (H - mean H), tau being sqrt(1 - abar_0) / M_q, and H half the logarithms of variances from two samples."""
     loss, plain = quadratic_loss(m_q=m_q, entropy_bonus=0.4), quadratic_loss()
+    if m_q == "auto":
+        loss.log_size.data.fill_(math.log(3))
     observation, one, other = torch.randn(B, OBS), 2 * torch.rand(B, A) - 1, 2 * torch.rand(B, A) - 1
     monkeypatch.setattr(loss, "next_action", lambda states: other if states is observation else None)
     beta = 1 - loss.schedule.alphas[0]
     mean = (0.15 - one).abs().mean()
-    tau = {7.0: beta.sqrt() / 7, "batch": 0.1 * mean, "auto": beta.sqrt() * mean}[m_q]
+    tau = {7.0: beta.sqrt() / 7, "batch": 0.1 * mean, "auto": beta.sqrt() * mean / 3}[m_q]
     variances = torch.stack([torch.stack([one[b], other[b]]).var(0) for b in range(B)])
     entropy = torch.tensor([sum(0.5 * torch.log(v + 0.01) for v in row) for row in variances])
     expected = plain.next_value(observation, one) + 0.4 * tau * (entropy - entropy.mean())
     torch.testing.assert_close(loss.next_value(observation, one), expected)
+    reward, terminated = torch.randn(B), torch.arange(B) % 3 == 0
+    y = loss.td_target(reward, terminated, observation, one)
+    torch.testing.assert_close(y, torch.where(terminated, reward, reward + 0.99 * expected))
 
 
 def test_the_entropy_of_a_gaussian_grows_by_log_two_a_component_with_twice_its_deviation() -> None:

@@ -73,6 +73,11 @@ class DACER(SizedDiffusionLoss):
         self.learning_rates = {"alpha": alpha_lr}
 
     @full_precision
+    def next_action(self, next_observation: Tensor) -> Tensor:
+        """a' [B, A]: as in collecting."""
+        return self.exploration_policy().act(next_observation)
+
+    @full_precision
     def climbing(self, observation: Tensor) -> Tensor:
         """-mean min_i Q_i(s, a) for observations [B, O], a as in collecting; it trains the denoiser alone."""
         action = self.next_action(observation)

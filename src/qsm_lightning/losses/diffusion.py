@@ -24,7 +24,7 @@ from qsm_lightning.losses.base import (
     polyak_update,
 )
 from qsm_lightning.networks import Critics, Denoiser, eps_given
-from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, Policy
+from qsm_lightning.policy import BestOfNPolicy, DiffusionPolicy, ExplorationPolicy, Policy, add_action_noise
 from qsm_lightning.precision import full_precision
 from qsm_lightning.sampler import Sampler
 from qsm_lightning.schedule import NoiseSchedule, ScheduleName
@@ -91,8 +91,9 @@ class DiffusionLoss(OffPolicyLoss):
 
     @full_precision
     def next_action(self, next_observation: Tensor) -> Tensor:
-        """a' [B, A] for s' [B, O], as in collecting: a sample, the best if several are drawn, and clipped noise."""
-        return self.exploration_policy().act(next_observation)
+        """a' [B, A] for s' [B, O]: a sample, the best where several are drawn, plus the clipped action noise."""
+        action = self.acting_policy().act(next_observation)
+        return add_action_noise(action, torch.randn_like(action), self.action_noise)
 
     @torch.no_grad()
     @full_precision
@@ -170,8 +171,13 @@ class DiffusionLoss(OffPolicyLoss):
         polyak_update(self.critics, self.target_critics, self.tau)
 
     def exploration_policy(self) -> Policy:
-        chosen = self.evaluation_policy("best_of_n" if self.candidates > 1 else "sample", self.candidates)
-        return ExplorationPolicy(chosen, self.action_noise)
+        return ExplorationPolicy(self.acting_policy(), self.action_noise)
+
+    def acting_policy(self) -> DiffusionPolicy:
+        """What collects and is in the TD target, before noise: one sample, or the best of ``candidates``."""
+        if self.candidates > 1:
+            return BestOfNPolicy(self.sampler, self.critics, self.candidates)
+        return DiffusionPolicy(self.sampler)
 
     def evaluation_policy(self, selector: str = "sample", n: int = 32) -> Policy:
         if selector == "best_of_n":

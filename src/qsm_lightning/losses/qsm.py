@@ -24,7 +24,7 @@ from qsm_lightning.precision import full_precision
 from qsm_lightning.schedule import NoiseSchedule
 
 EVERY = 4  # m_q: auto looks at every fourth frame of a minibatch
-RESOLUTION = 0.1  # in an action's range of -1 to 1: entropy_bonus counts no finer spread
+RESOLUTION = 0.1  # in an action's range of -1 to 1: entropy_bonus counts hardly any finer spread
 
 
 class QSMLoss(DiffusionLoss):
@@ -46,7 +46,8 @@ class QSMLoss(DiffusionLoss):
         score_at: take the critics' gradient at the ``noisy`` action (authors' code), the ``clean`` one (paper), or the
             ``denoised`` one, where the denoiser's own step from the noisy action ends, clipped to [-1, 1].
         bc_coef: weight of behaviour cloning: the loss of a denoiser of the buffer's own actions is added.
-        candidates: samples of which the best by the smaller critic is taken when collecting and in the TD target.
+        candidates: samples of which the best by the smaller critic is taken when collecting and in the TD target, whose
+            value is the target critics'.
         entropy_bonus: weight of the policy's entropy in the TD target, in units of the policy's temperature.
         **settings: the settings of :class:`DiffusionLoss`.
 
@@ -113,7 +114,7 @@ class QSMLoss(DiffusionLoss):
             self.learning_rates = {"m_q": m_q_lr}
 
     def next_value(self, next_observation: Tensor, next_action: Tensor) -> Tensor:
-        """min_i Qbar_i(s', a') + c tau (H(s') - mean H), [B], c being ``entropy_bonus`` and the mean over the batch."""
+        """min_i Qbar_i(s', a') + c tau (H(s') - mean H), [B]; c is ``entropy_bonus``, the mean that of all s' here."""
         value = super().next_value(next_observation, next_action)
         if self.entropy_bonus == 0:
             return value
@@ -123,9 +124,10 @@ class QSMLoss(DiffusionLoss):
 
     @staticmethod
     def entropy(one: Tensor, other: Tensor) -> Tensor:
-        """H [B] but for a constant, from two actions [B, A] of a state: sum_j log((a_j - a'_j)^2 / 2 + r^2) / 2.
+        """H [B], from two actions [B, A] of each state: sum_j log((a_j - a'_j)^2 / 2 + r^2) / 2.
 
-        (a_j - a'_j)^2 / 2 estimates the variance of component j; r is :data:`RESOLUTION`.
+        (a_j - a'_j)^2 / 2 estimates the variance of component j, and r is :data:`RESOLUTION`: where deviations are far
+        above it, H is, but for a constant, the entropy of independent Gaussians.
         """
         return ((one - other).square() / 2 + RESOLUTION**2).log().sum(-1) / 2
 
