@@ -10,13 +10,9 @@ As a loss for a sweep, beside ``sac`` and ``td3``::
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from tensordict import TensorDictBase
-from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.modules import ValueOperator
 from torchrl.objectives import SACLoss
 
 from qsm_lightning.losses import SAC
@@ -41,9 +37,4 @@ class HardSAC(SAC):
     """TorchRL's SAC but for that."""
 
     compilable = True
-
-    def make_inner(self, actor: TensorDictModuleBase, critics: list[ValueOperator], **settings: Any) -> SACLoss:
-        """The loss above."""
-        loss = HardSACLoss(actor, critics, **settings)
-        _ = loss.target_entropy  # part of the state from its first use on
-        return loss
+    inner_class = HardSACLoss

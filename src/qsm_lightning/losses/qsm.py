@@ -139,9 +139,7 @@ class QSMLoss(DiffusionLoss):
         spread = self.schedule.sqrt_one_minus_alpha_hats[0]
         if not isinstance(self.m_q, str):
             return spread / self.m_q
-        first = torch.zeros(len(action), dtype=torch.long, device=action.device)
-        m_q = cast(Tensor, self.scale(self.q_gradient(observation, action), first)).flatten()[0]
-        return torch.where(m_q > 0, spread / m_q.clamp(min=torch.finfo(m_q.dtype).tiny), 0.0)
+        return spread * batch_mean(self.q_gradient(observation, action).abs()) / self.target_size(0)
 
     def score_matching(
         self, observation: Tensor, action: Tensor, t: Tensor, noise: Tensor
@@ -172,12 +170,14 @@ class QSMLoss(DiffusionLoss):
         """M_q, or what stands in its place, for slopes g [B, A] at steps t [B]: a number, [1] or [B, 1]."""
         if not isinstance(self.m_q, str):
             return self.m_q
-        if self.m_q == "auto":
-            size = self.log_size.detach().exp()
-        else:
-            size = self.schedule.sqrt_one_minus_alpha_hats[t, None] / self.batch_temperature
         mean = batch_mean(g.abs())
-        return torch.where(mean > 0, size / mean.clamp(min=torch.finfo(g.dtype).tiny), 0.0)
+        return torch.where(mean > 0, self.target_size(t) / mean.clamp(min=torch.finfo(g.dtype).tiny), 0.0)
+
+    def target_size(self, t: int | Tensor) -> Tensor:
+        """s, which M_q makes of mean |g|: of ``m_q`` auto [1], of batch at steps t [B, 1], or [1] for one number."""
+        if self.m_q == "auto":
+            return self.log_size.detach().exp()
+        return self.schedule.sqrt_one_minus_alpha_hats[t, None] / self.batch_temperature
 
     @torch.no_grad()
     @full_precision

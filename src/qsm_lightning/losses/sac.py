@@ -40,6 +40,7 @@ class SAC(WrappedLoss):
 
     compilable = True
     terms = ("qvalue", "actor", "alpha")
+    inner_class: type[SACLoss] = SACLoss
     inner: SACLoss
     _log_prob: Tensor
 
@@ -66,7 +67,7 @@ class SAC(WrappedLoss):
         )
 
     def make_inner(self, actor: TensorDictModuleBase, critics: list[ValueOperator], **settings: Any) -> SACLoss:
-        loss = SACLoss(actor, critics, **settings)
+        loss = self.inner_class(actor, critics, **settings)
         _ = loss.target_entropy  # it becomes part of the state at its first use: then the state is the same always
         return loss
 
